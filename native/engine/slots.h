@@ -1,0 +1,45 @@
+// The buffer memory of one worker: what bytes pass through on their way to a GPU, or where O_DIRECT's alignment
+// forbids reading into the destination. Used by its worker's thread only.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace gpunvme {
+
+class Slots {
+ public:
+  static constexpr std::size_t kBlock = 1u << 20;
+  // 16 MiB a worker and at most 8 workers: 128 MiB. More makes transfers slower, it falls out of the CPU's cache.
+  static constexpr int kBlocks = 16;
+
+  Slots() = default;
+  ~Slots();
+  Slots(const Slots&) = delete;
+  Slots& operator=(const Slots&) = delete;
+
+  // Small and large pieces take from opposite ends, so that the large ones find adjoining blocks.
+  enum class From { kBottom, kTop };
+  // `count` adjoining blocks, or null when there are none free now. Throws std::bad_alloc.
+  std::uint8_t* acquire(int count, From from);
+  void release(std::uint8_t* slot, int count);
+
+  int free_blocks() const;
+
+  // Page-locks the memory for all GPUs, once. Where the driver refuses, copies still work, slower; then
+  // page_locked() stays false. Expects a current CUDA context.
+  void page_lock();
+  bool page_locked() const { return page_locked_; }
+
+ private:
+  void allocate();
+
+  std::uint8_t* memory_ = nullptr;
+  std::uint8_t* reserved_ = nullptr;  // start of the mapping that memory_ is cut from
+  std::uint32_t used_ = 0;            // one bit a block
+  bool tried_to_lock_ = false;
+  bool page_locked_ = false;
+};
+
+}  // namespace gpunvme

@@ -1,0 +1,86 @@
+// An open file or block device: its descriptors, size, alignment, and the mapping that gathers copy from.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace gpunvme {
+
+class SourceFile {
+ public:
+  // Gathers count hits and populate their mapping by regions of this many bytes.
+  static constexpr std::uint64_t kRegion = 2u << 20;
+
+  enum class Mode { kRead, kReadWrite, kCreate };  // "r", "r+", "w"
+
+  // Throws Failure (kFile).
+  static std::shared_ptr<SourceFile> open(const std::string& path, Mode mode);
+  // The descriptor is duplicated; its owner may close it.
+  static std::shared_ptr<SourceFile> from_descriptor(int fd, const std::string& name);
+
+  ~SourceFile();
+  SourceFile(const SourceFile&) = delete;
+  SourceFile& operator=(const SourceFile&) = delete;
+
+  const std::string& name() const { return name_; }
+  int fd() const { return fd_; }
+  bool writable() const { return writable_; }
+  bool is_block_device() const { return block_device_; }
+  bool in_memory() const { return in_memory_; }  // tmpfs, ramfs, hugetlbfs: there is no drive behind it
+
+  // The size now, in bytes. Throws Failure (kFile).
+  std::uint64_t size() const;
+
+  // Makes room for a write, so that a full disk is found before anything is written and O_DIRECT need not extend the
+  // file. Throws Failure (kFile).
+  void reserve(std::uint64_t offset, std::uint64_t nbytes);
+
+  // The O_DIRECT descriptor, or -1; then direct_refusal() says why.
+  int direct_fd() const { return direct_refused_.load(std::memory_order_relaxed) ? -1 : direct_fd_; }
+  std::string direct_refusal() const;
+  // The same descriptor for requests that were made before a refusal.
+  int direct_descriptor() const { return direct_fd_; }
+  // A read that met the alignment was refused all the same (EINVAL): use the page cache from now on.
+  void refuse_direct() { direct_refused_.store(true, std::memory_order_relaxed); }
+
+  // O_DIRECT's alignment in bytes, powers of two (statx(2), STATX_DIOALIGN).
+  std::uint32_t memory_align() const { return memory_align_; }
+  std::uint32_t offset_align() const { return offset_align_; }
+
+  // What gathers know of one region of the mapping.
+  struct Region {
+    std::atomic<std::uint16_t> hits{0};     // small reads served by preadv2 so far
+    std::atomic<bool> populated{false};     // its page table entries were made
+  };
+  struct Mapping {
+    const std::uint8_t* data = nullptr;
+    std::uint64_t nbytes = 0;
+    std::unique_ptr<Region[]> regions;
+  };
+  // A read-only mapping of the whole file as it is now, made on first use and kept; null where it cannot be mapped.
+  const Mapping* mapping();
+
+ private:
+  SourceFile(int fd, std::string name, bool writable);
+  void open_direct();
+
+  int fd_;
+  int direct_fd_ = -1;
+  std::string name_;
+  bool writable_;
+  bool block_device_ = false;
+  bool in_memory_ = false;
+  std::uint32_t memory_align_ = 4096;
+  std::uint32_t offset_align_ = 4096;
+  std::string open_refusal_;
+  std::atomic<bool> direct_refused_{false};
+  std::mutex mapping_mutex_;
+  bool mapping_tried_ = false;
+  Mapping mapping_;
+};
+
+}  // namespace gpunvme

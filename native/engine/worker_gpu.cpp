@@ -1,0 +1,111 @@
+#include <algorithm>
+
+#include "worker.h"
+
+namespace gpunvme {
+
+// This worker's stream on the job's GPU, ordered behind what was queued on the caller's stream.
+Worker::Lane& Worker::lane(const Operation& operation) {
+  const int device = operation.job->options().device;
+  cuda_make_current(device);
+  Lane& lane = lanes_[device];
+  if (lane.stream == nullptr) cuda_check(cuda().StreamCreate(&lane.stream, kStreamNonBlocking), "cuStreamCreate");
+  const CUevent event = operation.piece.event();
+  const auto key = std::make_pair(operation.job->id(), event);
+  if (event != nullptr && !lane.ordered.contains(key)) {
+    cuda_check(cuda().StreamWaitEvent(lane.stream, event, 0), "cuStreamWaitEvent");
+    if (lane.ordered.size() > 64) lane.ordered.clear();  // waiting once more for an old one costs nothing
+    lane.ordered.insert(key);
+  }
+  return lane;
+}
+
+void Worker::copy_to_device(Operation& operation) {
+  const Piece& piece = operation.piece;
+  Lane& to = lane(operation);
+  if (piece.gather != nullptr) {
+    const std::uint64_t nbytes = (piece.end - piece.begin) * piece.gather->nbytes;
+    const CUdeviceptr address = piece.gather->address + piece.begin * piece.gather->nbytes;
+    cuda_check(cuda().MemcpyHtoDAsync(address, operation.slot, nbytes, to.stream), "cuMemcpyHtoDAsync");
+    return begin_copying(operation, to);
+  }
+  const auto [first, last] = piece.extent->overlap(piece.begin, piece.end);
+  for (const Segment* segment = first; segment != last;) {
+    const std::uint64_t begin = std::max(piece.begin, segment->offset);
+    std::uint64_t end = segment->offset + segment->nbytes;
+    const CUdeviceptr address = segment->address + (begin - segment->offset);
+    // Segments that adjoin in the file and in memory go in one copy.
+    for (++segment; segment != last && segment->offset == end && segment->address == address + (end - begin); ++segment) {
+      end += segment->nbytes;
+    }
+    end = std::min(end, piece.end);
+    cuda_check(cuda().MemcpyHtoDAsync(address, operation.slot + (begin - operation.slot_begin), end - begin, to.stream),
+               "cuMemcpyHtoDAsync");
+  }
+  begin_copying(operation, to);
+}
+
+void Worker::copy_from_device(Operation& operation) {
+  const Piece& piece = operation.piece;
+  Lane& from = lane(operation);
+  const auto [first, last] = piece.extent->overlap(piece.begin, piece.end);
+  for (const Segment* segment = first; segment != last; ++segment) {
+    const std::uint64_t begin = std::max(piece.begin, segment->offset);
+    const std::uint64_t end = std::min(piece.end, segment->offset + segment->nbytes);
+    cuda_check(cuda().MemcpyDtoHAsync(operation.slot + (begin - operation.slot_begin),
+                                      segment->address + (begin - segment->offset), end - begin, from.stream),
+               "cuMemcpyDtoHAsync");
+  }
+  begin_copying(operation, from);
+}
+
+void Worker::begin_copying(Operation& operation, Lane& lane) {
+  if (lane.spare_events.empty()) {
+    CUevent event = nullptr;
+    cuda_check(cuda().EventCreate(&event, kEventDisableTiming), "cuEventCreate");
+    lane.spare_events.push_back(event);
+  }
+  cuda_check(cuda().EventRecord(lane.spare_events.back(), lane.stream), "cuEventRecord");
+  operation.event = lane.spare_events.back();
+  lane.spare_events.pop_back();
+  lane.copying.push_back(&operation);
+}
+
+// Takes back the operations whose copies have passed.
+bool Worker::take_back_copies() {
+  bool progress = false;
+  for (auto& [device, lane] : lanes_) {
+    while (!lane.copying.empty()) {
+      Operation& operation = *lane.copying.front();
+      const CUresult state = cuda().EventQuery(operation.event);
+      if (state == kCudaNotReady) break;
+      lane.copying.pop_front();
+      lane.spare_events.push_back(operation.event);
+      progress = true;
+      try {
+        cuda_check(state, "cuEventQuery after a copy");
+        if (operation.piece.kind == Piece::Kind::kWrite) {
+          write_out(operation, operation.slot + (operation.piece.begin - operation.slot_begin));
+        } else {
+          end(operation);
+        }
+      } catch (const Failure& failure) {
+        fail(operation, failure);
+      }
+    }
+  }
+  return progress;
+}
+
+// Waits for the oldest copy of any GPU; false if there is none.
+bool Worker::wait_for_copy() {
+  for (auto& [device, lane] : lanes_) {
+    if (lane.copying.empty()) continue;
+    cuda_make_current(device);
+    cuda().EventSynchronize(lane.copying.front()->event);  // an error is seen again, and handled, by take_back_copies
+    return take_back_copies();
+  }
+  return false;
+}
+
+}  // namespace gpunvme

@@ -1,0 +1,89 @@
+// Copies between host and device, enqueued on a stream.
+#include <cstring>
+#include <memory>
+
+#include "state.h"
+
+namespace gpunvme {
+
+using namespace fake_cuda;
+
+namespace {
+
+// What both directions check and know before anything is enqueued.
+struct Copy {
+  CUresult error = kCudaSuccess;
+  StreamPtr stream;
+  std::byte* device = nullptr;  // the shadow
+  HostKind kind = HostKind::kInvalid;
+  Operation operation;
+};
+
+Copy plan(const DriverCall& call, std::uintptr_t device, std::uintptr_t host, std::size_t nbytes, CUstream handle) {
+  Copy copy;
+  copy.stream = find_stream(reinterpret_cast<std::uintptr_t>(handle), call.device());
+  if (!copy.stream) {
+    copy.error = kInvalidHandle;
+    return copy;
+  }
+  copy.error = state().devices[copy.stream->device].error;
+  if (copy.error != kCudaSuccess || nbytes == 0) return copy;
+  copy.device = shadow_of(device, nbytes, copy.stream->device);
+  copy.kind = host_kind(host, nbytes, copy.stream->device);
+  if (copy.device == nullptr || copy.kind == HostKind::kInvalid) {
+    copy.error = kInvalidValue;
+    return copy;
+  }
+  copy.operation.touches = {{.begin = device, .nbytes = nbytes}};
+  if (copy.kind == HostKind::kPageLocked) {
+    copy.operation.touches.push_back({.begin = host, .nbytes = nbytes});
+  } else {
+    ++state().sums.pageable_copies;
+  }
+  copy.operation.is_copy = true;
+  copy.operation.copy_nbytes = nbytes;
+  copy.operation.failure = take_failure(state().copy_failures, "");
+  return copy;
+}
+
+}  // namespace
+
+extern "C" {
+
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, std::size_t nbytes, CUstream stream) {
+  DriverCall call("cuMemcpyHtoDAsync_v2", DriverCall::kContext);
+  if (call.error()) return call.error();
+  Copy copy = plan(call, to, reinterpret_cast<std::uintptr_t>(from), nbytes, stream);
+  if (copy.error != kCudaSuccess || nbytes == 0) return copy.error;
+  if (copy.kind == HostKind::kPageable) {
+    // Staged before this call returns; the staged bytes then travel like any others.
+    const std::shared_ptr<std::byte[]> staged(new std::byte[nbytes]);
+    {
+      Shown shown;
+      std::memcpy(staged.get(), from, nbytes);
+    }
+    copy.operation.work = [=, device = copy.device] { std::memcpy(device, staged.get(), nbytes); };
+  } else {
+    copy.operation.work = [=, device = copy.device] { std::memcpy(device, from, nbytes); };
+  }
+  ++state().sums.copies_to_device;
+  state().sums.bytes_to_device += nbytes;
+  enqueue(*copy.stream, std::move(copy.operation));
+  return kCudaSuccess;
+}
+
+CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, std::size_t nbytes, CUstream stream) {
+  DriverCall call("cuMemcpyDtoHAsync_v2", DriverCall::kContext);
+  if (call.error()) return call.error();
+  Copy copy = plan(call, from, reinterpret_cast<std::uintptr_t>(to), nbytes, stream);
+  if (copy.error != kCudaSuccess || nbytes == 0) return copy.error;
+  copy.operation.work = [=, device = copy.device] { std::memcpy(to, device, nbytes); };
+  ++state().sums.copies_to_host;
+  state().sums.bytes_to_host += nbytes;
+  const MarkerPtr done = enqueue(*copy.stream, std::move(copy.operation));
+  return copy.kind == HostKind::kPageable ? wait_passed(call.lock(), done, copy.stream->device) : kCudaSuccess;
+}
+
+}  // extern "C"
+
+}  // namespace gpunvme

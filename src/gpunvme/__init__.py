@@ -1,0 +1,83 @@
+"""Bytes from files and checkpoints into GPU memory and back, by the fastest path that the machine has."""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from gpunvme import errors
+from gpunvme.errors import (
+    AccessDeniedError,
+    Cancelled,
+    CudaError,
+    DeadlineExceeded,
+    Error,
+    FileError,
+    FormatError,
+    MissingFileError,
+    PathError,
+    RangeError,
+    SpanError,
+    TruncatedError,
+)
+from gpunvme.file import File, open, read_many
+from gpunvme.memory import Buffer, Device, Span
+from gpunvme.paths.base import Verdict
+from gpunvme.transfer import Transfer
+
+if TYPE_CHECKING:
+    from gpunvme.models.patch import patch_safetensors
+    from gpunvme.models.opening import safe_open
+    from gpunvme.models.safetensors import load_file
+    from gpunvme.models.saving import save_file
+
+try:
+    __version__ = version("gpunvme")
+except PackageNotFoundError:  # used from a source tree
+    __version__ = "0.0.0"
+
+# Handed out on first use: most programs need only some of them.
+_LAZY = {
+    "load_file": "gpunvme.models.safetensors",
+    "patch_safetensors": "gpunvme.models.patch",
+    "safe_open": "gpunvme.models.opening",
+    "save_file": "gpunvme.models.saving",
+}
+
+__all__ = [
+    "AccessDeniedError",
+    "Buffer",
+    "Cancelled",
+    "CudaError",
+    "DeadlineExceeded",
+    "Device",
+    "Error",
+    "File",
+    "FileError",
+    "FormatError",
+    "MissingFileError",
+    "PathError",
+    "RangeError",
+    "Span",
+    "SpanError",
+    "Transfer",
+    "TruncatedError",
+    "Verdict",
+    "__version__",
+    "errors",
+    "load_file",
+    "open",
+    "patch_safetensors",
+    "read_many",
+    "safe_open",
+    "save_file",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'gpunvme' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,106 @@
+"""The typer application: its commands, and how their errors leave."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gpunvme.cli.bench import bench
+from gpunvme.cli.copy import copy
+from gpunvme.cli.demo import demo
+from gpunvme.cli.doctor import doctor
+from gpunvme.cli.exits import MEANINGS, Exit, report_error
+from gpunvme.cli.info import info
+from gpunvme.cli.load import load
+from gpunvme.errors import Error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+EPILOG = "Exit status: " + "; ".join(f"{int(status)} {meaning}" for status, meaning in MEANINGS.items()) + "."
+
+app = typer.Typer(
+    name="gpunvme",
+    help="Bytes between files and GPU memory by the fastest path that this machine has.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a command so that an expected error becomes a line and an exit status, never a traceback."""
+
+    @functools.wraps(command)
+    def run_and_report(*args: Any, **options: Any) -> Any:
+        try:
+            command(*args, **options)
+            sys.stdout.flush()
+        except BrokenPipeError as error:
+            if error.filename is not None:
+                raise typer.Exit(report_error(error, as_json=options.get("json", False))) from error
+            _forget_stdout()
+            raise typer.Exit(Exit.BROKEN_PIPE) from error
+        except (Error, OSError, MemoryError, KeyboardInterrupt) as error:
+            raise typer.Exit(report_error(error, as_json=options.get("json", False))) from error
+        except ImportError as error:
+            # A package, or the engine, that is missing is the user's to install; a name missing in one is a bug.
+            if not isinstance(error, ModuleNotFoundError) and error.name not in ("gpunvme", "gpunvme._native"):
+                raise
+            raise typer.Exit(report_error(error, as_json=options.get("json", False))) from error
+
+    return run_and_report
+
+
+def _forget_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush does not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
+
+
+for _command in (demo, load, copy, info, bench, doctor):
+    app.command(epilog=EPILOG)(_reported(_command))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"gpunvme {version('gpunvme')}")
+        except PackageNotFoundError:
+            print("gpunvme (not installed: run from its source)")
+        raise typer.Exit(Exit.OK)
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Bytes between files and GPU memory by the fastest path that this machine has."""
+    del version
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="gpunvme")
+    except SystemExit as leaving:
+        if isinstance(leaving.code, int):
+            return leaving.code
+        return Exit.OK if leaving.code is None else Exit.USAGE
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            raise
+        _forget_stdout()
+        return Exit.BROKEN_PIPE
+    return Exit.OK

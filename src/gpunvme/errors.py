@@ -1,0 +1,80 @@
+"""The error tree: every error says what happened, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """Base of every error that gpunvme raises on purpose."""
+
+
+class RangeError(Error, ValueError):
+    """An offset or a length lies outside the file."""
+
+
+class SpanError(Error, ValueError):
+    """A destination or source cannot be used: size, device, contiguity or read-only memory."""
+
+
+class FileError(Error, OSError):
+    """The operating system refused an operation on a file.
+
+    ``errno`` and ``filename`` are set as for any `OSError`; ``offset`` is the file offset in bytes
+    where it happened, or None.
+    """
+
+    def __init__(self, errno: int, message: str, filename: str | None = None, offset: int | None = None) -> None:
+        super().__init__(errno, message, filename)
+        self.offset = offset
+
+    def __str__(self) -> str:
+        where = f": {self.filename!r}" if self.filename is not None else ""
+        at = f" at offset {self.offset}" if self.offset is not None else ""
+        return f"{self.strerror}{where}{at}"
+
+
+class MissingFileError(FileError, FileNotFoundError):
+    """There is no such file."""
+
+
+class AccessDeniedError(FileError, PermissionError):
+    """The operating system does not allow it."""
+
+
+class TruncatedError(FileError):
+    """A file ended before the bytes that it had when it was opened."""
+
+
+class FormatError(Error, ValueError):
+    """A checkpoint is not valid. ``filename``, ``offset`` and ``tensor`` say where, each may be None."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        filename: str | None = None,
+        offset: int | None = None,
+        tensor: str | None = None,
+    ) -> None:
+        where = [f"file {filename!r}"] if filename is not None else []
+        where += [f"offset {offset}"] if offset is not None else []
+        where += [f"tensor {tensor!r}"] if tensor is not None else []
+        super().__init__(f"{message} ({', '.join(where)})" if where else message)
+        self.filename = filename
+        self.offset = offset
+        self.tensor = tensor
+
+
+class PathError(Error):
+    """A path that was asked for by name cannot carry this transfer; the message says why."""
+
+
+class CudaError(Error):
+    """A CUDA call failed, or CUDA cannot be used here; the message says why."""
+
+
+class Cancelled(Error):
+    """The transfer was cancelled before it was complete."""
+
+
+class DeadlineExceeded(Error, TimeoutError):
+    """The transfer was not complete by its deadline, or `Transfer.wait` gave up waiting."""

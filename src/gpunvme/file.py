@@ -1,0 +1,556 @@
+"""`File`: what people open; `read_many`: what checkpoints stand on. Arguments are checked here, before anything moves."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpunvme import _native
+from gpunvme.errors import FileError, RangeError, SpanError
+from gpunvme.memory import CPU, Buffer, Device, Span, check_gpu_span, span_of, stream_handle
+from gpunvme.paths.base import OpenMovement, Order, Part, Path
+from gpunvme.paths.choose import HOST, Explanation, choose, explain
+from gpunvme.replace import Replacement
+from gpunvme.transfer import Progress, Transfer, raise_native
+
+# Reads larger than this are ordinary parts of a transfer, one by one; smaller ones are packed (engine, job.h).
+_LARGEST_GATHERED = 512 << 10
+# Parts are handed to the engine in batches: large enough to be read as large ranges, small enough that the first
+# ones move while the memory of the last ones is not even allocated.
+_BATCH_BYTES = 256 << 20
+_BATCH_PARTS = 4096
+
+
+def open(source: str | os.PathLike[str] | int, mode: str = "r", *, path: str = "auto") -> File:
+    """Open a file or block device.
+
+    Parameters
+    ----------
+    source
+        A path, or a file descriptor (duplicated: its owner may close it).
+    mode
+        ``"r"``: read; ``"r+"``: read and write a file that exists; ``"w"``: read and write a file that is created,
+        or emptied if it exists. For a descriptor the mode must be one that it was opened for.
+    path
+        Name of the path that must carry every transfer, or ``"auto"`` for the best one.
+
+    Raises
+    ------
+    FileError
+        If the operating system refuses, or if it is neither a regular file nor a block device.
+    """
+    return File(source, mode, path=path)
+
+
+class File:
+    """An open file, between which and memory bytes are moved. A context manager.
+
+    Several threads may use one `File`; a forked child may read into host memory with it.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | int, mode: str = "r", *, path: str = "auto") -> None:
+        if mode not in ("r", "r+", "w"):
+            raise ValueError(f"mode {mode!r}: use 'r', 'r+' or 'w'")
+        self._mode = mode
+        self._forced = path
+        self._paths: dict[Device, Path] = {}
+        self._path_name: str | None = None
+        self._native: _native.SourceFile | None = None
+        self.last_transfer: Transfer | None = None
+        if isinstance(source, int):
+            self._name = f"<file descriptor {source}>"
+            self._native = _open_descriptor(source, self._name, mode)
+        else:
+            self._path_name = self._name = os.fspath(source)
+            self._native = _open_path(self._name, mode)
+        if path != "auto":
+            choose(self._native, CPU, path)  # a path that does not exist is an error now
+
+    @property
+    def name(self) -> str:
+        """The path that it was opened by."""
+        return self._name
+
+    @property
+    def mode(self) -> str:
+        """The mode that it was opened with."""
+        return self._mode
+
+    @property
+    def size(self) -> int:
+        """Size now, in bytes."""
+        try:
+            return self._file.size()
+        except _native.Failure as failure:
+            raise_native(failure)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._native is None
+
+    def fileno(self) -> int:
+        """File descriptor, for questions about the file; it belongs to this object."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Close it. Transfers in flight keep what they need."""
+        self._native = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._native is None else f"mode {self._mode!r}"
+        return f"<gpunvme.File {self._name!r}, {state}>"
+
+    @property
+    def _file(self) -> _native.SourceFile:
+        if self._native is None:
+            raise ValueError(f"{self._name!r} is closed")
+        return self._native
+
+    def _path(self, device: Device) -> Path:
+        path = self._paths.get(device)
+        if path is None:
+            path = self._paths[device] = choose(self._file, device, self._forced)
+        return path
+
+    def explain(self, device: Any = "cpu") -> Explanation:
+        """Tell for every path whether it can carry bytes between this file and ``device``, and why."""
+        return explain(self._file, Device.parse(device), self._forced)
+
+    def read_into(
+        self,
+        destination: Any,
+        offset: int = 0,
+        nbytes: int | None = None,
+        *,
+        stream: Any = None,
+        wait: bool = True,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> Transfer:
+        """Read a range of the file into memory.
+
+        Parameters
+        ----------
+        destination
+            A contiguous, writable tensor, array, buffer or `Span`, on the host or a GPU.
+        offset
+            Where to start in the file, in bytes.
+        nbytes
+            How many bytes; the destination's size if None.
+        stream
+            CUDA stream that the read is ordered behind: it starts after the work that is queued there now. If None,
+            the current stream of the destination's framework. When the transfer is done, the bytes are there for
+            every stream.
+        wait
+            Whether to return only when it is done. If not, `Transfer.wait` before using the destination.
+        progress
+            Called as ``progress(bytes_done, bytes_total)`` by the thread that waits, about 20 times a second.
+        timeout
+            Deadline in seconds from now; after it the transfer is stopped.
+
+        Raises
+        ------
+        RangeError
+            If the file does not have that range.
+        SpanError
+            If the destination is too small, read-only or not contiguous.
+        FileError, TruncatedError, CudaError, DeadlineExceeded, Cancelled
+            If it fails on the way; the destination's content is then undefined.
+        """
+        span = _checked(destination, offset, nbytes, writable=True)
+        self._check_range(offset, span.nbytes)
+        path = self._path(span.device)
+        if wait and path is HOST:
+            report = HOST.small_read(Part(self._file, offset, span))
+            if report is not None:
+                return Transfer.finished(report, span.nbytes)
+        order = Order(False, span.device, stream_handle(stream, destination, span.device), timeout)
+        return self._move(path, order, offset, span, wait, progress)
+
+    def read(self, offset: int = 0, nbytes: int | None = None, device: Any = "cpu") -> Buffer:
+        """Read a range of the file into new memory; the rest of the file if ``nbytes`` is None.
+
+        Raises the same errors as `read_into`.
+        """
+        if nbytes is None:
+            nbytes = max(0, self.size - offset)
+        self._check_range(offset, nbytes)
+        buffer = Buffer.empty(nbytes, device, congruent_to=offset)
+        self.last_transfer = self.read_into(buffer, offset)
+        return buffer
+
+    def gather(
+        self,
+        offsets: Any,
+        nbytes: int,
+        out: Any = None,
+        device: Any = None,
+        *,
+        stream: Any = None,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Read many small ranges of one size, packed in the order of ``offsets``.
+
+        Parameters
+        ----------
+        offsets
+            File offsets in bytes: a sequence of int, or a one-dimensional integer array or tensor on the host or a
+            GPU. Neighbours in the list that adjoin in the file are read as one.
+        nbytes
+            Size of each range in bytes.
+        out
+            Where to: memory of ``len(offsets) * nbytes`` bytes at least. If None, a new `Buffer` of shape
+            ``(len(offsets), nbytes)`` on ``device``.
+        device
+            Where to, if ``out`` is None: the host unless given.
+        stream, progress, timeout
+            As for `read_into`.
+
+        Returns
+        -------
+        ``out``, or the new `Buffer`. `last_transfer` is the report.
+
+        Raises
+        ------
+        RangeError
+            If a range is not inside the file; says which.
+        SpanError, TypeError, FileError, TruncatedError, CudaError, DeadlineExceeded, Cancelled
+            As for `read_into`.
+        """
+        if nbytes <= 0:
+            raise RangeError(f"nbytes is {nbytes}: each read must have at least one byte")
+        places = _offsets(offsets)
+        self._check_places(places, nbytes)
+        total = len(places) * nbytes
+        if out is None:
+            out = Buffer.empty(total, "cpu" if device is None else device, shape=(len(places), nbytes))
+        span = span_of(out, writable=True)
+        if device is not None and span.device != Device.parse(device):
+            raise SpanError(f"out is on {span.device}, not on {Device.parse(device)}")
+        if span.nbytes < total:
+            raise SpanError(f"out has {span.nbytes} bytes; {len(places)} reads of {nbytes} bytes need {total}")
+        span = span.part(0, total)
+        order = Order(False, span.device, stream_handle(stream, out, span.device), timeout)
+        movement = self._path(span.device).begin(order)
+        if nbytes > _LARGEST_GATHERED:
+            movement.add(
+                [Part(self._file, int(at), span.part(i * nbytes, nbytes)) for i, at in enumerate(places)],
+            )
+        elif len(places):
+            movement.add_gather(self._file, places, nbytes, span)
+        self.last_transfer = _sealed(movement, order, total, (self._file, span, places), True, progress)
+        return out
+
+    def write_from(
+        self,
+        source: Any,
+        offset: int = 0,
+        nbytes: int | None = None,
+        *,
+        stream: Any = None,
+        wait: bool = True,
+        fsync: bool = False,
+        atomic: bool = False,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> Transfer:
+        """Write memory to the file, which grows as needed.
+
+        Parameters
+        ----------
+        source
+            A contiguous tensor, array, buffer or `Span`, on the host or a GPU.
+        offset
+            Where to start in the file, in bytes.
+        nbytes
+            How many bytes; the source's size if None.
+        stream, wait, progress, timeout
+            As for `read_into`. The source must not change until the transfer is done.
+        fsync
+            Whether the bytes are on the drive when the transfer is done.
+        atomic
+            Replace the whole file by the source: a temporary file beside it is written, fsynced and renamed, and the
+            directory is fsynced. A crash leaves the old content or the new. Needs ``offset`` 0 and ``wait``.
+
+        Raises
+        ------
+        FileError
+            If the file is open for reading only, if the disk is full (found before anything is written, where
+            the file system can reserve space), or on an I/O error. A file that grew is cut back to its old size.
+        SpanError, RangeError, CudaError, DeadlineExceeded, Cancelled
+            As for `read_into`.
+        """
+        if atomic:
+            return self._replace(source, offset, nbytes, stream, wait, progress, timeout)
+        file = self._file
+        span = _checked(source, offset, nbytes, writable=False)
+        if not file.writable:
+            raise FileError(9, "the file is open for reading only; use mode 'r+' or 'w'", self._name)
+        path = self._path(span.device)
+        order = Order(True, span.device, stream_handle(stream, source, span.device), timeout)
+        old_size = self.size
+        try:
+            file.reserve(offset, span.nbytes)
+        except _native.Failure as failure:
+            self._cut_back(old_size)
+            raise_native(failure)
+
+        def on_done(success: bool) -> None:
+            if not success:
+                self._cut_back(old_size, file)
+            elif fsync:
+                _fsync(file.fileno(), self._name)
+
+        try:
+            return self._move(path, order, offset, span, wait, progress, on_done)
+        except BaseException:
+            if wait:
+                self._cut_back(old_size, file)
+            raise
+
+    def _replace(
+        self,
+        source: Any,
+        offset: int,
+        nbytes: int | None,
+        stream: Any,
+        wait: bool,
+        progress: Progress | None,
+        timeout: float | None,
+    ) -> Transfer:
+        if self._path_name is None:
+            raise ValueError("atomic=True needs a file that was opened by its path")
+        if self._mode == "r":
+            raise FileError(9, "the file is open for reading only; use mode 'r+' or 'w'", self._name)
+        if offset != 0 or not wait:
+            raise ValueError("atomic=True replaces the whole file at once: offset must be 0 and wait True")
+        with Replacement(self._path_name) as replacement:
+            transfer = replacement.file.write_from(
+                source, 0, nbytes, stream=stream, progress=progress, timeout=timeout
+            )
+        self._native = _open_path(self._path_name, "r+")
+        return transfer
+
+    def _move(
+        self,
+        path: Path,
+        order: Order,
+        offset: int,
+        span: Span,
+        wait: bool,
+        progress: Progress | None,
+        on_done: Any = None,
+    ) -> Transfer:
+        if order.device.is_gpu:
+            check_gpu_span(span)
+        movement = path.begin(order)
+        movement.add([Part(self._file, offset, span)])
+        return _sealed(movement, order, span.nbytes, (self._file, span), wait, progress, on_done)
+
+    def _check_range(self, offset: int, nbytes: int) -> None:
+        size = self.size
+        if offset < 0 or nbytes < 0 or offset + nbytes > size:
+            raise RangeError(f"{self._name!r} has {size} bytes; bytes {offset} to {offset + nbytes} were asked for")
+
+    def _check_places(self, places: NDArray[np.int64], nbytes: int) -> None:
+        if not len(places):
+            return
+        size = self.size
+        bad = np.flatnonzero((places < 0) | (places > size - nbytes))
+        if len(bad):
+            first = int(bad[0])
+            raise RangeError(
+                f"{self._name!r} has {size} bytes; read number {first} asks for bytes {places[first]} to "
+                f"{int(places[first]) + nbytes} ({len(bad)} of {len(places)} reads are outside)"
+            )
+
+    def _cut_back(self, size: int, file: _native.SourceFile | None = None) -> None:
+        file = self._file if file is None else file
+        if not file.is_block_device and file.size() > size:
+            os.ftruncate(file.fileno(), size)
+
+
+def read_many(
+    parts: Iterable[tuple[File, int, Any]],
+    *,
+    stream: Any = None,
+    wait: bool = True,
+    progress: Progress | None = None,
+    total: int | None = None,
+    timeout: float | None = None,
+) -> Transfer:
+    """Read many ranges of one or more files into many destinations, as one transfer.
+
+    Parameters
+    ----------
+    parts
+        ``(file, offset, destination)`` each; the destination's size says how much. Taken lazily while earlier parts
+        are moving already, so a generator may allocate as it goes. All destinations are on one device. Parts that
+        follow each other in a file are read as large ranges.
+    stream, wait, progress, timeout
+        As for `File.read_into`.
+    total
+        Bytes in all, for ``progress`` while parts are still being taken.
+
+    Raises
+    ------
+    RangeError, SpanError
+        For a bad part; what was started before it is stopped first.
+    FileError, TruncatedError, CudaError, DeadlineExceeded, Cancelled
+        As for `File.read_into`.
+    """
+    movement: OpenMovement | None = None
+    order: Order | None = None
+    keep: list[Any] = []
+    batch: list[Part] = []
+    moving = queued = 0
+    try:
+        for file, offset, destination in parts:
+            span = _checked(destination, offset, None, writable=True)
+            file._check_range(offset, span.nbytes)
+            if movement is None or order is None:
+                order = Order(False, span.device, stream_handle(stream, destination, span.device), timeout)
+                movement = file._path(span.device).begin(order)
+            elif span.device != order.device:
+                raise SpanError(f"all destinations must be on one device; got {order.device} and {span.device}")
+            if span.device.is_gpu:
+                check_gpu_span(span)
+            batch.append(Part(file._file, offset, span))
+            keep.append(batch[-1])
+            queued += span.nbytes
+            if queued >= _BATCH_BYTES or len(batch) >= _BATCH_PARTS:
+                movement.add(batch)
+                moving, queued, batch = moving + queued, 0, []
+                if progress is not None:
+                    progress(movement.report().moved_bytes, moving if total is None else total)
+        if movement is None or order is None:
+            order = Order(False, CPU)
+            movement = HOST.begin(order)
+        movement.add(batch)
+        moving += queued
+    except BaseException:
+        if movement is not None:
+            movement.cancel()
+            movement.wait(5.0)
+            # What does not come back in time stays alive with the transfer.
+            Transfer(movement, moving, keep=keep)
+        raise
+    return _sealed(movement, order, moving, keep, wait, progress)
+
+
+def _sealed(
+    movement: OpenMovement,
+    order: Order,
+    nbytes: int,
+    keep: object,
+    wait: bool,
+    progress: Progress | None,
+    on_done: Any = None,
+) -> Transfer:
+    deadline = None if order.timeout is None else time.monotonic() + order.timeout
+    transfer = Transfer(movement, nbytes, keep=keep, progress=progress, deadline=deadline, on_done=on_done)
+    movement.seal()
+    return transfer.wait() if wait else transfer
+
+
+def _checked(memory: Any, offset: int, nbytes: int | None, *, writable: bool) -> Span:
+    if offset < 0:
+        raise RangeError(f"offset {offset} is negative")
+    span = span_of(memory, writable=writable)
+    if nbytes is None:
+        return span
+    if nbytes < 0 or nbytes > span.nbytes:
+        what = "destination" if writable else "source"
+        raise SpanError(f"the {what} has {span.nbytes} bytes; {nbytes} were asked for")
+    return span.part(0, nbytes)
+
+
+def _offsets(offsets: Any) -> NDArray[np.int64]:
+    if hasattr(offsets, "detach"):  # torch, on any device
+        offsets = offsets.detach().cpu().numpy()
+    elif hasattr(offsets, "__cuda_array_interface__"):  # CuPy and its like
+        offsets = offsets.get()
+    array = np.asarray(offsets)
+    if array.ndim != 1:
+        raise TypeError(f"offsets must have one dimension, not shape {array.shape}")
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"offsets must be integers, not {array.dtype}")
+    if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
+        raise RangeError(f"offset {array.max()} is beyond the end of any file")
+    # A copy: nothing may change them while they are used.
+    return np.array(array, np.int64, order="C")
+
+
+def _open_path(name: str, mode: str) -> _native.SourceFile:
+    try:
+        if mode != "r" and stat.S_ISBLK(os.stat(name).st_mode):
+            raise FileError(1, "this release does not write to block devices", name)
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        # The engine says what is wrong with the name.
+    try:
+        return _native.SourceFile.open(os.fsencode(name), mode)
+    except _native.Failure as failure:
+        raise_native(failure)
+
+
+def _open_descriptor(fd: int, name: str, mode: str) -> _native.SourceFile:
+    try:
+        file = _native.SourceFile.from_descriptor(fd, os.fsencode(name))
+    except _native.Failure as failure:
+        raise_native(failure)
+    if mode != "r" and not file.writable:
+        raise FileError(9, f"mode {mode!r} needs a descriptor that is open for reading and writing", name)
+    if mode != "r" and file.is_block_device:
+        raise FileError(1, "this release does not write to block devices", name)
+    if mode == "w":
+        os.ftruncate(fd, 0)
+    return file
+
+
+def _fsync(fd: int, name: str) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise FileError(error.errno or 5, f"fsync: {error.strerror}", name) from None
+
+
+def write_parts(parts: Sequence[tuple[File, int, Any]]) -> Transfer:
+    """Write many ranges of memory on one device to files, as one transfer.
+
+    Neighbours in a file are packed and written together. Unlike `File.write_from`, files are not cut back when it
+    fails; this is for files that are replaced as a whole.
+    """
+    batch: list[Part] = []
+    device = CPU
+    stream: int | None = None
+    for number, (file, offset, source) in enumerate(parts):
+        span = _checked(source, offset, None, writable=False)
+        if number == 0:
+            device, stream = span.device, stream_handle(None, source, span.device)
+        elif span.device != device:
+            raise SpanError(f"all sources must be on one device; got {device} and {span.device}")
+        if span.device.is_gpu:
+            check_gpu_span(span)
+        batch.append(Part(file._file, offset, span))
+    order = Order(True, device, stream)
+    movement = (parts[0][0]._path(device) if parts else HOST).begin(order)
+    movement.add(batch)
+    return _sealed(movement, order, sum(part.span.nbytes for part in batch), (batch, parts), True, None)

@@ -1,0 +1,84 @@
+"""The only place that ranks paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gpunvme import _native
+from gpunvme.errors import CudaError, PathError
+from gpunvme.memory import Device
+from gpunvme.paths.absent import ABSENT
+from gpunvme.paths.base import Path, Verdict
+from gpunvme.paths.host import HostPath
+
+HOST = HostPath()
+# In the order of the table, which is also the order of preference where no speed was seen yet.
+PATHS: tuple[Path, ...] = (HOST,)
+
+
+class Explanation:
+    """Every path, usable or not, with the reason; prints as a table."""
+
+    def __init__(self, device: Device, verdicts: tuple[Verdict, ...], chosen: str | None) -> None:
+        self.device = str(device)
+        self.verdicts = verdicts
+        self.chosen = chosen
+
+    def __iter__(self) -> Iterator[Verdict]:
+        return iter(self.verdicts)
+
+    def __len__(self) -> int:
+        return len(self.verdicts)
+
+    def __str__(self) -> str:
+        width = max(len(verdict.path) for verdict in self.verdicts)
+        lines = [
+            f"{'->' if verdict.path == self.chosen else '  '} {verdict.path:{width}}  "
+            f"{'yes' if verdict.usable else 'no '}  {verdict.reason}"
+            for verdict in self.verdicts
+        ]
+        return "\n".join(lines)
+
+
+def explain(file: _native.SourceFile, device: Device, forced: str = "auto") -> Explanation:
+    """Ask every path what it can do."""
+    verdicts = tuple(path.verdict(file, device) for path in PATHS) + ABSENT
+    try:
+        chosen = choose(file, device, forced).name
+    except (PathError, CudaError):
+        chosen = None
+    return Explanation(device, verdicts, chosen)
+
+
+def choose(file: _native.SourceFile, device: Device, forced: str = "auto") -> Path:
+    """Pick the path for transfers between a file and a device.
+
+    Raises
+    ------
+    PathError
+        If ``forced`` names a path that cannot carry it or that does not exist.
+    CudaError
+        If no path reaches the device.
+    """
+    if forced != "auto":
+        return _forced(file, device, forced)
+    usable = [path for path in PATHS if path.verdict(file, device).usable]
+    if not usable:
+        raise CudaError(f"no path reaches {device}: {PATHS[0].verdict(file, device).reason}")
+    if len(usable) == 1:
+        return usable[0]
+    return max(usable, key=lambda path: path.speed(file, device) or 0.0)
+
+
+def _forced(file: _native.SourceFile, device: Device, forced: str) -> Path:
+    for path in PATHS:
+        if path.name == forced:
+            verdict = path.verdict(file, device)
+            if not verdict.usable:
+                raise PathError(f"path {forced!r} cannot carry this: {verdict.reason}")
+            return path
+    for verdict in ABSENT:
+        if verdict.path == forced:
+            raise PathError(f"path {forced!r} cannot carry this: {verdict.reason}")
+    names = ", ".join(repr(name) for name in ["auto", *(path.name for path in PATHS)])
+    raise PathError(f"there is no path {forced!r}; use one of {names}")

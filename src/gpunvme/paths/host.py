@@ -1,0 +1,159 @@
+"""The ``host`` path: page cache and O_DIRECT, through the engine's page-locked ring where a GPU is at the other end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpunvme import _native
+from gpunvme.memory import Device, Span, address_of
+from gpunvme.paths.base import OpenMovement, Order, Part, Verdict
+from gpunvme.transfer import Report, error_from_native, format_bytes, raise_native
+
+_SMALL = 128 << 10
+
+
+class HostPath:
+    """Works for every file and every device; the others are measured against it."""
+
+    name = "host"
+
+    def __init__(self) -> None:
+        self._speeds: dict[tuple[int, Device], float] = {}
+
+    def verdict(self, file: _native.SourceFile, device: Device) -> Verdict:
+        """Say whether the device is there; files are always possible."""
+        if device.is_gpu:
+            missing = _native.cuda_unavailable_reason()
+            if missing:
+                return Verdict(self.name, False, missing)
+            count = len(_native.cuda_devices())
+            if device.index >= count:
+                return Verdict(self.name, False, f"there is no {device}: the driver sees {count} GPU(s)")
+        how = "cached bytes are copied from the page cache"
+        refusal = file.direct_refusal
+        how += f", others read through it ({refusal})" if refusal else ", others read O_DIRECT"
+        if not refusal:
+            ring = _native.io_uring_reason()
+            how += f" by threads ({ring})" if ring else " by io_uring"
+        if device.is_gpu:
+            how += "; through page-locked host memory and the copy engine"
+        return Verdict(self.name, True, how)
+
+    def speed(self, file: _native.SourceFile, device: Device) -> float | None:
+        """Bytes per second of the last large transfer between this file's drive and the device."""
+        return self._speeds.get((os.fstat(file.fileno()).st_dev, device))
+
+    def begin(self, order: Order) -> OpenMovement:
+        """Begin a transfer."""
+        return HostMovement(self, order)
+
+    def small_read(self, part: Part) -> Report | None:
+        """Read a little cached data into host memory at once; None if this has to be a transfer."""
+        if part.span.device.is_gpu or part.span.nbytes > _SMALL:
+            return None
+        if not _native.small_read(part.file, part.offset, part.span.nbytes, part.span.ptr):
+            return None
+        return Report(self.name, "copied from the page cache by the calling thread", 0.0, 0, part.span.nbytes)
+
+    def note_speed(self, file: _native.SourceFile, device: Device, report: Report) -> None:
+        """Remember how fast a transfer was, if it was large enough to tell."""
+        if report.seconds > 0.01:
+            self._speeds[os.fstat(file.fileno()).st_dev, device] = report.moved_bytes / report.seconds
+
+
+class HostMovement:
+    """One transfer of the engine."""
+
+    def __init__(self, path: HostPath, order: Order) -> None:
+        self._path = path
+        self._order = order
+        self._files: dict[_native.SourceFile, int] = {}
+        try:
+            self._job = _native.Job.make(order.write, order.device.native, order.stream, order.timeout)
+        except _native.Failure as failure:
+            raise_native(failure)
+
+    def _number(self, file: _native.SourceFile) -> int:
+        number = self._files.get(file)
+        if number is None:
+            number = self._files[file] = self._job.add_file(file)
+        return number
+
+    def add(self, parts: Sequence[Part]) -> None:
+        """Add ranges to be moved."""
+        try:
+            self._job.add([(self._number(file), offset, span.nbytes, span.ptr) for file, offset, span in parts])
+        except _native.Failure as failure:
+            raise_native(failure)
+
+    def add_gather(self, file: _native.SourceFile, offsets: NDArray[np.int64], nbytes: int, span: Span) -> None:
+        """Add small reads; ``offsets`` is kept by the caller until the transfer is done."""
+        try:
+            self._job.add_gather(self._number(file), address_of(offsets), len(offsets), nbytes, span.ptr)
+        except _native.Failure as failure:
+            raise_native(failure)
+
+    def seal(self) -> None:
+        """Say that nothing more comes."""
+        self._job.seal()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the end at most so long."""
+        try:
+            done = self._job.wait(seconds)
+        except _native.Failure as failure:
+            raise_native(failure)
+        if done and self._files and self._job.failure() is None:
+            self._path.note_speed(next(iter(self._files)), self._order.device, self.report())
+        return done
+
+    def cancel(self) -> None:
+        """Stop as soon as possible."""
+        self._job.cancel()
+
+    def expire(self) -> None:
+        """Stop as soon as possible, for the deadline has passed."""
+        self._job.expire()
+
+    def failure(self) -> Exception | None:
+        """Why it failed, or None."""
+        failure = self._job.failure()
+        return None if failure is None else error_from_native(failure)
+
+    def report(self) -> Report:
+        """What the engine counted so far."""
+        counted = self._job.report()
+        return Report(
+            self._path.name,
+            self._reason(counted),
+            counted["seconds"],
+            counted["direct_bytes"],
+            counted["cached_bytes"],
+            counted["buffered_bytes"],
+            counted["bounced_bytes"],
+        )
+
+    def _reason(self, counted: _native.JobReport) -> str:
+        write = self._order.write
+        how = "io_uring" if counted["io_uring"] else "threads, io_uring was refused"
+        said = []
+        if counted["cached_bytes"]:
+            amount = format_bytes(counted["cached_bytes"])
+            mapped = " by its mapping" if counted["mapped_bytes"] else ""
+            said.append(f"{amount} into the page cache" if write else f"{amount} from the page cache{mapped}")
+        if counted["direct_bytes"]:
+            said.append(f"{format_bytes(counted['direct_bytes'])} O_DIRECT by {how}")
+        if counted["buffered_bytes"]:
+            refusals = {file.direct_refusal for file in self._files} - {""}
+            why = f" ({'; '.join(sorted(refusals))})" if refusals else ""
+            said.append(f"{format_bytes(counted['buffered_bytes'])} read through the page cache{why}")
+        if counted["bounced_bytes"] and self._order.device.is_gpu:
+            kind = "pageable memory, page-locking was refused" if counted["pageable"] else "page-locked memory"
+            said.append(f"through {kind}")
+        elif counted["bounced_bytes"]:
+            said.append(f"{format_bytes(counted['bounced_bytes'])} through aligned memory")
+        return ", ".join(said) if said else "nothing was moved"

@@ -1,0 +1,66 @@
+"""Which tests run where, and how long the random ones search.
+
+Tests that need what this machine lacks are skipped with the reason. The libcuda for tests can be built anywhere, so
+its absence fails where CI=true.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+CI = os.environ.get("CI") == "true"
+LONG = os.environ.get("GPUNVME_TEST_LEVEL", "short") == "long"
+
+# Examples read files on machines that do other things too: how long one takes says nothing.
+settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("short", settings.get_profile("any"), max_examples=50, derandomize=CI)
+settings.register_profile("long", settings.get_profile("any"), max_examples=1000)
+settings.load_profile("long" if LONG else "short")
+
+
+def pytest_configure() -> None:
+    """Finds the libcuda built from native/fake_cuda for `fake_cuda.use()`, where the Makefile did not name it."""
+    if "GPUNVME_FAKE_LIBCUDA" not in os.environ:
+        builds = Path(__file__).parent.parent / "build"
+        # One that was built with a sanitizer cannot be loaded into an ordinary Python.
+        found = [built for built in builds.glob("*/libcuda_fake.so") if built.parent.name not in {"asan", "tsan"}]
+        if found:
+            os.environ["GPUNVME_FAKE_LIBCUDA"] = str(max(found, key=lambda built: built.stat().st_mtime))
+    library = os.environ.get("GPUNVME_FAKE_LIBCUDA", "")
+    if not Path(library).is_file() and (CI or library):
+        raise pytest.UsageError(f"there is no libcuda for tests at {library or 'build/*/'}: run `make native-plain`")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        reasons = (why_not() for marker, why_not in REQUIREMENTS.items() if item.get_closest_marker(marker))
+        for reason in filter(None, reasons):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@functools.cache
+def no_gpu() -> str:
+    # In a child process, because CUDA used here would be refused in the children that tests fork.
+    program = "import ctypes; c = ctypes.CDLL('libcuda.so.1'); n = ctypes.c_int(); "
+    program += "assert c.cuInit(0) == 0 and c.cuDeviceGetCount(ctypes.byref(n)) == 0 and n.value > 0"
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
+    return "" if child.returncode == 0 else "no GPU: libcuda.so.1 is absent or finds no device"
+
+
+def no_torch() -> str:
+    return "" if importlib.util.find_spec("torch") else "PyTorch is not installed"
+
+
+def not_long() -> str:
+    return "" if LONG else "slow: runs with GPUNVME_TEST_LEVEL=long (make test-all)"
+
+
+REQUIREMENTS = {"gpu": no_gpu, "torch": no_torch, "slow": not_long}
