@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gpunvme.bench import page_cache
+from gpunvme.bench import machine, page_cache
 from gpunvme.bench.contest import Contestant
 from gpunvme.bench.machine import size_text
 from gpunvme.bench.scratch import random_pieces
@@ -33,7 +33,7 @@ BUFFERED = ("fastsafetensors, buffered", "InstantTensor, buffered")
 
 
 def main() -> None:
-    parser = options(__doc__ or "", deadline=140)
+    parser = options(__doc__ or "", deadline=120)
     parser.add_argument("--size", type=size, default=8 * GIB, help="of the checkpoint (default: 8GiB)")
     parser.add_argument("--small", type=size, default=2 * GIB, help="of the one with small tensors (default: 2GiB)")
     arguments = parser.parse_args()
@@ -81,7 +81,7 @@ def measure(session: Session, what: str, files: list[str], state: page_cache.Sta
             )
             for depth in (16, 64)
         ]
-    rows = session.hold(case, members, bring, warm_up=state == "hot", seconds=40)
+    rows = session.hold(case, members, bring, warm_up=state == "hot", seconds=25)
     for row in rows:
         row.update(memory.get(row["contestant"], {}))
         if "peak_bytes" in row:
@@ -142,6 +142,7 @@ def write(session: Session, name: str, number: int, tensors: list[tuple[str, lis
             file.write(len(text).to_bytes(8, "little") + text)
             for piece in random_pieces(end):
                 file.write(piece)
+    session.result["file"] = machine.describe_file(str(path))
     return str(path)
 
 

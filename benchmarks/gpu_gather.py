@@ -23,7 +23,7 @@ SEED = 0
 
 
 def main() -> None:
-    parser = options(__doc__ or "", deadline=110)
+    parser = options(__doc__ or "", deadline=90)
     parser.add_argument("--size", type=size, default=4 * GIB, help="of the file (default: 4GiB)")
     parser.add_argument("--count", type=int, default=500_000, help="blocks of a hot gather (default: %(default)s)")
     parser.add_argument("--cold-count", type=int, default=100_000, help="of a cold one (default: %(default)s)")

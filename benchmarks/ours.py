@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import gpunvme
@@ -148,19 +147,11 @@ class Limits:
         whole = nbytes // chunk * chunk
         return {"seconds": _native.direct_read(path, self._address(), whole, chunk, depth), "nbytes": whole}
 
-    def direct_write(self, path: str, nbytes: int, chunk: int, depth: int) -> dict[str, Any]:
-        """Raw O_DIRECT from host memory, then fsync."""
-        whole = nbytes // chunk * chunk
-
-        def write() -> None:
-            _native.direct_write(path, self._address(), whole, chunk, depth)
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-
-        return self._timed(write, whole)
+    def direct_write(self, path: str, nbytes: int, depth: int) -> dict[str, Any]:
+        """Space reserved, raw O_DIRECT from host memory, fsync."""
+        assert self._host is not None, "prepare() comes first"
+        run = who.direct_write(path, self._host, nbytes, depth).run()
+        return {"seconds": run.seconds, "nbytes": run.nbytes}
 
     def direct_gather(
         self, path: str, file_bytes: int, block: int, count: int, seed: int, depth: int
@@ -198,9 +189,3 @@ class Limits:
     def check_gather(self, path: str, file_bytes: int, block: int, count: int, seed: int) -> None:
         assert self._to is not None
         compare_gathered(path, who.random_offsets(file_bytes, block, count, seed), block, self._to.fetch)
-
-    @staticmethod
-    def _timed(action: Callable[[], object], nbytes: int) -> dict[str, Any]:
-        start = time.perf_counter()
-        action()
-        return {"seconds": time.perf_counter() - start, "nbytes": nbytes}

@@ -95,7 +95,8 @@ class Kvikio:
         with self._kvikio.CuFile(path, "r") as file:
             start = time.perf_counter()
             futures = [
-                file.pread(part, size=block, file_offset=offset) for part, offset in zip(parts, offsets, strict=True)
+                file.pread(part, size=block, file_offset=offset)
+                for part, offset in zip(parts, offsets.tolist(), strict=True)
             ]
             for future in futures:
                 future.get()
@@ -162,7 +163,7 @@ class NumpyTorch:
     def gather(self, path: str, file_bytes: int, block: int, count: int, seed: int) -> dict[str, Any]:
         """Index a mapping that stays, or ``index_select`` out of it into page-locked memory; then copy."""
         numpy, torch = self._numpy, self._torch
-        rows = numpy.frombuffer(random_offsets(file_bytes, block, count, seed), dtype=numpy.int64) // block
+        rows = random_offsets(file_bytes, block, count, seed) // block
         if self._mapped is None or self._mapped[0] != path:
             mapping = numpy.memmap(path, dtype=numpy.uint8, mode="c")
             self._mapped = (path, mapping[: file_bytes // block * block].reshape(-1, block))
@@ -171,7 +172,7 @@ class NumpyTorch:
         start = time.perf_counter()
         if self._way == "index_select":
             out = self._pinned[: count * block].view(count, block)
-            torch.index_select(torch.from_numpy(table), 0, torch.from_numpy(rows.copy()), out=out)
+            torch.index_select(torch.from_numpy(table), 0, torch.from_numpy(rows), out=out)
             result = out.to("cuda", non_blocking=True)
         else:
             result = torch.from_numpy(table[rows]).to("cuda")

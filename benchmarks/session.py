@@ -24,6 +24,7 @@ from gpunvme.bench.scratch import random_pieces, roomy_directory
 from worker import Worker, WorkerError
 
 MIB, GIB = 1 << 20, 1 << 30
+TAKES_NO_PART = "takes no part"
 
 
 def size(text: str) -> int:
@@ -34,12 +35,18 @@ def size(text: str) -> int:
     return int(text)
 
 
-def options(description: str, *, deadline: float) -> argparse.ArgumentParser:
+def short(text: str) -> str:
+    """Return the beginning of an error's text: some libraries' go on for a page."""
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else line[:199] + "…"
+
+
+def options(description: str, *, deadline: float, rounds: int = 3) -> argparse.ArgumentParser:
     """Make the command line that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dir", help="where the files go; by default a temporary directory that is not in memory")
     parser.add_argument("--out", default="", help="the JSON file; by default <benchmark>.json in the current directory")
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each contestant (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed runs of each (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="an eighth of the sizes: to see that everything works")
     parser.add_argument("--deadline", type=float, default=deadline, help="seconds after which no case starts")
     parser.add_argument("--keep", action="store_true", help="leave the files for the next run")
@@ -128,7 +135,7 @@ class Session:
                 if prepare:
                     worker.call("prepare", 180, **prepare)
             except WorkerError as error:
-                return name, {"why_not": str(error)}
+                return name, {"why_not": short(str(error))}
             return name, about
 
         with concurrent.futures.ThreadPoolExecutor(len(wanted)) as pool:
@@ -137,7 +144,7 @@ class Session:
                 if about.get("gpu"):
                     self.result["machine"]["gpu"] = about["gpu"]
                 if "why_not" in about:
-                    self._say(f"{name} takes no part: {about['why_not']}")
+                    self._say(f"{name} {TAKES_NO_PART}: {about['why_not']}")
 
     def worker(self, name: str) -> Worker:
         """Return a contestant's process."""
@@ -182,7 +189,7 @@ class Session:
         def run() -> Run:
             about = self.result["contestants"].get(process, {})
             if "why_not" in about:
-                raise WorkerError(f"takes no part: {about['why_not']}")
+                raise WorkerError(f"{TAKES_NO_PART}: {about['why_not']}")
             called = self._workers[process]
             first = bool(check) and not seen[0]
             if first:
@@ -208,7 +215,7 @@ class Session:
         *,
         block: int = 0,
         warm_up: bool = True,
-        seconds: float = 30.0,
+        seconds: float = 20.0,
         check: contest.Check | None = None,
     ) -> list[Row]:
         """Hold a contest, print it, and keep its rows.
@@ -237,6 +244,8 @@ class Session:
             outcomes = contest.hold(
                 members, before=before, rounds=self.rounds, seconds=seconds, warm_up=warm_up, check=check
             )
+        for outcome in outcomes:
+            outcome.failure = short(outcome.failure.removeprefix("WorkerError: "))
         rows = [outcome.row(case, block) for outcome in outcomes]
         self.add(rows)
         return rows
@@ -247,7 +256,8 @@ class Session:
             self._say(f"\n{case}")
             for row in (row for row in rows if row["case"] == case):
                 if row["median"] is None:
-                    self._say(f"  {row['contestant']:44s} — {row['failure']}")
+                    if not row["failure"].startswith(TAKES_NO_PART):  # said once, when it was found
+                        self._say(f"  {row['contestant']:44s} — {row['failure']}")
                     continue
                 spread = f"{rate_text(row, row['low'])} … {rate_text(row, row['high'])}"
                 first = f"first {rate_text(row, row['first'])}" if row["first"] else ""

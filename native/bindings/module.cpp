@@ -9,4 +9,5 @@ NB_MODULE(_native, module) {
   gpunvme::bind_files(module);
   gpunvme::bind_jobs(module);
   gpunvme::bind_memory(module);
+  gpunvme::bind_baselines(module);
 }

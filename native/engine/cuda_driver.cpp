@@ -32,7 +32,7 @@ std::string load(CudaApi& api) {
   const char* name = chosen != nullptr ? chosen : "libcuda.so.1";
   void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) return std::string("no CUDA driver: ") + dlerror();
-#define GPUNVME_LOAD(symbol, member, parameters)                               \
+#define GPUNVME_LOAD(symbol, member, parameters)                                \
   api.member = reinterpret_cast<decltype(api.member)>(dlsym(library, #symbol)); \
   if (api.member == nullptr) return std::string("the CUDA driver is too old: it has no " #symbol);
   GPUNVME_CUDA_FUNCTIONS(GPUNVME_LOAD)

@@ -51,6 +51,8 @@ unsigned worker_count() {
   return std::clamp(count, 2u, Engine::kMostWorkers);
 }
 
+Failure shut_down() { return Failure(FailureKind::kCancelled, "the engine was shut down"); }
+
 }  // namespace
 
 std::shared_ptr<Engine> Engine::instance() {
@@ -78,20 +80,26 @@ Engine::Engine() {
 }
 
 void Engine::stop() {
-  for (const auto& job : jobs()) job->stop(Failure(FailureKind::kCancelled, "the engine was shut down"));
   {
     std::lock_guard lock(mutex_);
     stopping_.store(true, std::memory_order_release);
     epoch_.fetch_add(1, std::memory_order_release);
   }
+  for (const auto& job : jobs()) job->stop(shut_down());
   work_.notify_all();
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
 }
 
 void Engine::attach(std::shared_ptr<Job> job) {
-  std::lock_guard lock(mutex_);
-  jobs_.push_back(std::move(job));
+  {
+    std::lock_guard lock(mutex_);
+    if (!stopping()) {
+      jobs_.push_back(std::move(job));
+      return;
+    }
+  }
+  job->stop(shut_down());  // made while the workers were ending: nobody would ever take it up
 }
 
 void Engine::detach(const Job* job) {

@@ -14,7 +14,7 @@ namespace {
 constexpr std::uint64_t kMiB = 1u << 20;
 // Windows of a GPU transfer are as large as the pieces that page-locked copies are fastest with; in host memory
 // smaller ones are as fast and share out better.
-constexpr std::uint64_t kLargestWindow = 8 * kMiB;
+constexpr std::uint64_t kLargestWindow = 4 * kMiB;
 constexpr std::uint64_t kLargestHostWindow = 2 * kMiB;
 constexpr std::uint64_t kSmallestWindow = 256u << 10;
 // Segments this near to each other are read as one range: reading the gap costs less than another request.
@@ -39,8 +39,7 @@ Extent::Overlap Extent::overlap(std::uint64_t from, std::uint64_t to) const {
   const Segment* end = segments + count;
   const Segment* first = std::partition_point(
       segments, end, [from](const Segment& segment) { return segment.offset + segment.nbytes <= from; });
-  const Segment* last =
-      std::partition_point(first, end, [to](const Segment& segment) { return segment.offset < to; });
+  const Segment* last = std::partition_point(first, end, [to](const Segment& segment) { return segment.offset < to; });
   return {first, last};
 }
 
@@ -267,7 +266,8 @@ std::optional<Piece> Job::take(const Room& room, unsigned worker) {
   return std::nullopt;
 }
 
-void Job::push(const std::vector<Piece>& pieces) {
+void Job::push(const std::vector<Piece>& pieces, bool takes_one) {
+  if (pieces.empty()) return;
   {
     std::lock_guard lock(mutex_);
     if (failure_) return;
@@ -275,7 +275,7 @@ void Job::push(const std::vector<Piece>& pieces) {
       (piece.kind == Piece::Kind::kDirect ? direct_ : copies_).push_back(piece);
     }
   }
-  announce(pieces.size());
+  announce(pieces.size() - (takes_one ? 1 : 0));
 }
 
 void Job::finish(const Counts& counts) {

@@ -120,7 +120,7 @@ class Job : public std::enable_shared_from_this<Job> {
   bool wait_for(std::chrono::duration<double> limit);
   std::optional<Failure> failure() const;
   Counts counts() const;
-  double seconds() const;  // from creation to done, or to now
+  double seconds() const;    // from creation to done, or to now
   unsigned workers() const;  // how many took part
   bool used_io_uring() const { return used_io_uring_.load(std::memory_order_relaxed); }
   bool used_io_threads() const { return used_io_threads_.load(std::memory_order_relaxed); }
@@ -135,7 +135,8 @@ class Job : public std::enable_shared_from_this<Job> {
     bool copy = false;            // can copy a cached piece or a gather
   };
   std::optional<Piece> take(const Room& room, unsigned worker);
-  void push(const std::vector<Piece>& pieces);
+  // `takes_one`: the worker that pushes has room for one of them, so that nobody need be woken for it.
+  void push(const std::vector<Piece>& pieces, bool takes_one);
   // The taker of a piece or a window is finished with it.
   void finish(const Counts& counts);
   bool stopped() const { return stopped_.load(std::memory_order_relaxed); }

@@ -1,10 +1,13 @@
 #include "mapped_copy.h"
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <csetjmp>
 #include <csignal>
 #include <cstring>
 #include <mutex>
+#include <utility>
 
 namespace gpunvme {
 namespace {
@@ -17,40 +20,71 @@ struct Guard {
 };
 
 thread_local Guard guard;
-struct sigaction previous_action;
 
-void on_sigbus(int number, siginfo_t* info, void* context) {
-  const auto* address = static_cast<const std::uint8_t*>(info->si_addr);
-  if (guard.begin != nullptr && address >= guard.begin && address < guard.end) siglongjmp(guard.retreat, 1);
-  if ((previous_action.sa_flags & SA_SIGINFO) != 0 && previous_action.sa_sigaction != nullptr) {
-    previous_action.sa_sigaction(number, info, context);
-  } else if (previous_action.sa_handler != SIG_DFL && previous_action.sa_handler != SIG_IGN) {
-    previous_action.sa_handler(number);
+// What was installed when ours was put in front of it. A handler that was installed over ours mostly calls ours in
+// turn; put in front of that, ours is another function with another predecessor, or a fault would go round in circles.
+constexpr std::size_t kMostLevels = 8;
+struct sigaction previous_actions[kMostLevels];
+
+void hand_on(const struct sigaction& previous, int number, siginfo_t* info, void* context) {
+  if ((previous.sa_flags & SA_SIGINFO) != 0 && previous.sa_sigaction != nullptr) {
+    previous.sa_sigaction(number, info, context);
+  } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
+    previous.sa_handler(number);
   } else {
     // Not ours and nobody else's: returning runs the faulting instruction again, now under the default action.
     signal(SIGBUS, SIG_DFL);
   }
 }
 
+template <std::size_t kLevel>
+void on_sigbus(int number, siginfo_t* info, void* context) {
+  const auto* address = static_cast<const std::uint8_t*>(info->si_addr);
+  if (guard.begin != nullptr && address >= guard.begin && address < guard.end) siglongjmp(guard.retreat, 1);
+  hand_on(previous_actions[kLevel], number, info, context);
+}
+
+using Handler = void (*)(int, siginfo_t*, void*);
+
+template <std::size_t... kLevels>
+constexpr std::array<Handler, sizeof...(kLevels)> make_handlers(std::index_sequence<kLevels...>) {
+  return {on_sigbus<kLevels>...};
+}
+
+constexpr std::array<Handler, kMostLevels> kHandlers = make_handlers(std::make_index_sequence<kMostLevels>());
+
+// Whether ours is in front; `current` is what is.
+bool is_contained(struct sigaction& current) {
+  sigaction(SIGBUS, nullptr, &current);
+  return (current.sa_flags & SA_SIGINFO) != 0 &&
+         std::find(kHandlers.begin(), kHandlers.end(), current.sa_sigaction) != kHandlers.end();
+}
+
 }  // namespace
 
 void contain_sigbus() {
-  static std::mutex mutex;
-  std::lock_guard lock(mutex);
   struct sigaction current {};
-  sigaction(SIGBUS, nullptr, &current);
-  if ((current.sa_flags & SA_SIGINFO) != 0 && current.sa_sigaction == on_sigbus) return;
-  previous_action = current;
+  if (is_contained(current)) return;  // without the lock: a forked child may find it held for ever
+  static std::mutex mutex;
+  static std::size_t levels = 0;
+  std::lock_guard lock(mutex);
+  if (is_contained(current)) return;
+  std::size_t level = 0;
+  while (level < levels && previous_actions[level].sa_sigaction != current.sa_sigaction) ++level;
+  if (level == kMostLevels) return;  // nobody installs that many; the last one keeps its place
+  previous_actions[level] = current;
+  levels = std::max(levels, level + 1);
   struct sigaction action {};
-  action.sa_sigaction = on_sigbus;
-  // SA_NODEFER: the handler leaves by siglongjmp, and the signal must not stay blocked behind it.
+  action.sa_sigaction = kHandlers[level];
+  // SA_NODEFER: a predecessor that leaves by siglongjmp too may count on the signal not being blocked.
   action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
   sigaction(SIGBUS, &action, nullptr);
 }
 
 std::size_t copy_mapped(const MappedRange* ranges, std::size_t count) {
   volatile std::size_t done = 0;  // volatile: read after siglongjmp
-  if (sigsetjmp(guard.retreat, 0) == 0) {
+  // With the signal mask: whoever calls our handler may have blocked the signal for as long as it runs.
+  if (sigsetjmp(guard.retreat, 1) == 0) {
     while (done < count) {
       const MappedRange& range = ranges[done];
       guard.end = range.from + range.nbytes;

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <bit>
 #include <new>
 
@@ -56,6 +57,15 @@ void Slots::release(std::uint8_t* slot, int count) {
 }
 
 int Slots::free_blocks() const { return kBlocks - std::popcount(used_); }
+
+int Slots::adjoining_blocks() const {
+  int most = 0;
+  for (int block = 0, run = 0; block < kBlocks; ++block) {
+    run = (used_ >> block & 1u) != 0 ? 0 : run + 1;
+    most = std::max(most, run);
+  }
+  return most;
+}
 
 void Slots::page_lock() {
   if (tried_to_lock_) return;

@@ -11,10 +11,18 @@
 
 #include <cerrno>
 #include <cstring>
+#include <memory>
 
 #include "failure.h"
 
 namespace gpunvme {
+namespace {
+
+void unmap(const SourceFile::Mapping& mapping) {
+  if (mapping.data != nullptr) munmap(const_cast<std::uint8_t*>(mapping.data), mapping.nbytes);
+}
+
+}  // namespace
 
 std::shared_ptr<SourceFile> SourceFile::open(const std::string& path, Mode mode) {
   int flags = O_RDONLY;
@@ -28,13 +36,19 @@ std::shared_ptr<SourceFile> SourceFile::open(const std::string& path, Mode mode)
 
 std::shared_ptr<SourceFile> SourceFile::from_descriptor(int fd, const std::string& name) {
   const int flags = fcntl(fd, F_GETFL);
-  const int copy = flags < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 3);
+  int copy = -1;
+  if (flags >= 0 && (flags & (O_APPEND | O_DIRECT)) != 0) {
+    // pwrite would append, or refuse what is not aligned. These flags belong to the open file, which a duplicate
+    // shares.
+    copy = ::open(("/proc/self/fd/" + std::to_string(fd)).c_str(), (flags & O_ACCMODE) | O_CLOEXEC);
+  } else if (flags >= 0) {
+    copy = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+  }
   if (copy < 0) throw file_failure(errno, "cannot use the file descriptor", name);
   return std::shared_ptr<SourceFile>(new SourceFile(copy, name, (flags & O_ACCMODE) == O_RDWR));
 }
 
-SourceFile::SourceFile(int fd, std::string name, bool writable)
-    : fd_(fd), name_(std::move(name)), writable_(writable) {
+SourceFile::SourceFile(int fd, std::string name, bool writable) : fd_(fd), name_(std::move(name)), writable_(writable) {
   struct stat status {};
   int error = fstat(fd_, &status) == 0 ? 0 : errno;
   if (error == 0 && S_ISDIR(status.st_mode)) error = EISDIR;
@@ -88,7 +102,7 @@ void SourceFile::open_direct() {
 }
 
 SourceFile::~SourceFile() {
-  if (mapping_.data != nullptr) munmap(const_cast<std::uint8_t*>(mapping_.data), mapping_.nbytes);
+  if (const std::unique_ptr<Mapping> mapping(mapping_.load()); mapping != nullptr) unmap(*mapping);
   if (direct_fd_ >= 0) close(direct_fd_);
   close(fd_);
 }
@@ -124,18 +138,23 @@ std::string SourceFile::direct_refusal() const {
 }
 
 const SourceFile::Mapping* SourceFile::mapping() {
-  std::lock_guard lock(mapping_mutex_);
-  if (!mapping_tried_) {
-    mapping_tried_ = true;
+  Mapping* known = mapping_.load(std::memory_order_acquire);
+  if (known == nullptr) {
+    auto made = std::make_unique<Mapping>();
     const std::uint64_t nbytes = size();
     void* data = nbytes == 0 ? MAP_FAILED : mmap(nullptr, nbytes, PROT_READ, MAP_SHARED, fd_, 0);
     if (data != MAP_FAILED) {
-      mapping_.data = static_cast<const std::uint8_t*>(data);
-      mapping_.nbytes = nbytes;
-      mapping_.regions = std::make_unique<Region[]>((nbytes + kRegion - 1) / kRegion);
+      made->data = static_cast<const std::uint8_t*>(data);
+      made->nbytes = nbytes;
+      made->regions = std::make_unique<Region[]>((nbytes + kRegion - 1) / kRegion);
+    }
+    if (mapping_.compare_exchange_strong(known, made.get(), std::memory_order_acq_rel)) {
+      known = made.release();
+    } else {
+      unmap(*made);  // somebody else was faster
     }
   }
-  return mapping_.data != nullptr ? &mapping_ : nullptr;
+  return known->data != nullptr ? known : nullptr;
 }
 
 }  // namespace gpunvme

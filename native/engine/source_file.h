@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -53,8 +52,8 @@ class SourceFile {
 
   // What gathers know of one region of the mapping.
   struct Region {
-    std::atomic<std::uint16_t> hits{0};     // small reads served by preadv2 so far
-    std::atomic<bool> populated{false};     // its page table entries were made
+    std::atomic<std::uint16_t> hits{0};  // small reads served by preadv2 so far
+    std::atomic<bool> populated{false};  // its page table entries were made
   };
   struct Mapping {
     const std::uint8_t* data = nullptr;
@@ -78,9 +77,8 @@ class SourceFile {
   std::uint32_t offset_align_ = 4096;
   std::string open_refusal_;
   std::atomic<bool> direct_refused_{false};
-  std::mutex mapping_mutex_;
-  bool mapping_tried_ = false;
-  Mapping mapping_;
+  // Set once, without a lock: a child may be forked while a worker maps, and would inherit the lock held for ever.
+  std::atomic<Mapping*> mapping_{nullptr};
 };
 
 }  // namespace gpunvme

@@ -9,7 +9,7 @@ namespace gpunvme {
 namespace {
 
 constexpr int kHalf = Slots::kBlocks / 2;
-// O_DIRECT pieces of 1 MiB that one worker keeps in flight.
+// O_DIRECT pieces of 1 MiB that one worker keeps in flight where they need none of its memory.
 constexpr std::size_t kMostDirectPieces = 16;
 
 }  // namespace
@@ -56,7 +56,8 @@ bool Worker::take_back(bool wait) {
   progress = take_back_copies() || progress;
   if (progress || !wait) return progress;
   if (direct_ != nullptr && direct_->in_flight() > 0) {
-    const bool copying = std::any_of(lanes_.begin(), lanes_.end(), [](auto& lane) { return !lane.second.copying.empty(); });
+    const bool copying =
+        std::any_of(lanes_.begin(), lanes_.end(), [](auto& lane) { return !lane.second.copying.empty(); });
     const auto limit = std::chrono::microseconds(copying ? 50 : 1000);
     count = direct_->reap(results, std::size(results), limit);
     for (std::size_t i = 0; i < count; ++i) request_done(*static_cast<Request*>(results[i].tag), results[i].result);
@@ -65,14 +66,15 @@ bool Worker::take_back(bool wait) {
   return wait_for_copy();
 }
 
-Job::Room Worker::room(const Job& job) const {
+Job::Room Worker::room(const Job& job) {
   Job::Room room;
   const bool queue = operations_.size() < 2 * kMostDirectPieces && (direct_ == nullptr || direct_->room());
-  const int blocks = slots_.free_blocks();
+  const int blocks = slots(job).free_blocks();
   const std::size_t pieces = direct_ == nullptr ? 0 : direct_->in_flight();
   room.direct = queue && pieces < kMostDirectPieces && blocks > kHalf;
   room.direct_if_idle = queue && pieces < kMostDirectPieces && blocks > 0;
-  room.copy = pumping_.size() < 2 && (job.options().device == kHost ? blocks > 0 : blocks >= kHalf);
+  room.copy =
+      pumping_.size() < 2 && (job.options().device == kHost ? blocks > 0 : slots(job).adjoining_blocks() >= kHalf);
   return room;
 }
 
@@ -128,7 +130,7 @@ void Worker::fail(Operation& operation, const Failure& failure) {
   operation.next_request = operation.requests.size();
   std::erase(pumping_, &operation);
   if (operation.pending > 0) return;  // request_done() ends it
-  if (operation.job->options().device != kHost) {
+  if (operation.copying) {
     // Some of its copies may be queued, and its slot must outlive them.
     const auto found = lanes_.find(operation.job->options().device);
     if (found != lanes_.end()) cuda().StreamSynchronize(found->second.stream);
@@ -137,7 +139,7 @@ void Worker::fail(Operation& operation, const Failure& failure) {
 }
 
 void Worker::end(Operation& operation) {
-  if (operation.slot != nullptr) slots_.release(operation.slot, operation.blocks);
+  if (operation.slot != nullptr) slots(*operation.job).release(operation.slot, operation.blocks);
   const std::shared_ptr<Job> job = std::move(operation.job);
   const Counts counts = operation.counts;
   operations_.erase(operation.self);
@@ -146,13 +148,14 @@ void Worker::end(Operation& operation) {
 }
 
 void Worker::acquire_slot(Operation& operation, std::uint64_t nbytes, Slots::From from) {
+  Slots& slots = this->slots(*operation.job);
   if (operation.job->options().device != kHost) {
     cuda_make_current(operation.job->options().device);
-    slots_.page_lock();
-    if (!slots_.page_locked()) operation.job->note_pageable();
+    slots.page_lock();
+    if (!slots.page_locked()) operation.job->note_pageable();
   }
   const int blocks = static_cast<int>((nbytes + Slots::kBlock - 1) / Slots::kBlock);
-  while ((operation.slot = slots_.acquire(blocks, from)) == nullptr) {
+  while ((operation.slot = slots.acquire(blocks, from)) == nullptr) {
     take_back(true);
     pump();
   }

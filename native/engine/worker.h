@@ -1,6 +1,7 @@
 // One thread of the engine. Its loop: take back what has finished, start what there is room for, wait for the rest.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <list>
@@ -53,6 +54,7 @@ class Worker {
     std::size_t pending = 0;       // started and not finished
     CUevent event = nullptr;
     bool in_place = false;  // requests deliver by themselves, the slot only helps
+    bool copying = false;   // copies between its slot and a GPU may be queued
     Counts counts;
     std::list<Operation>::iterator self;
   };
@@ -69,11 +71,12 @@ class Worker {
   // The loop (worker.cpp).
   bool take_back(bool wait);
   bool start_something();
-  Job::Room room(const Job& job) const;
+  Job::Room room(const Job& job);
   void start(std::shared_ptr<Job> job, const Piece& piece);
   void fail(Operation& operation, const Failure& failure);
   void end(Operation& operation);
   void acquire_slot(Operation& operation, std::uint64_t nbytes, Slots::From from);
+  Slots& slots(const Job& job) { return job.options().device == kHost ? host_slots_ : gpu_slots_; }
 
   // Reading (worker_read.cpp).
   void classify(Job& job, const Piece& window);
@@ -108,7 +111,9 @@ class Worker {
 
   Engine& engine_;
   const unsigned index_;
-  Slots slots_;
+  // Those of GPU jobs may wait behind the caller's stream for long. Host jobs have their own, and go on.
+  Slots host_slots_;
+  Slots gpu_slots_;
   std::unique_ptr<DirectQueue> direct_;
   std::list<Operation> operations_;
   std::deque<Operation*> pumping_;  // have requests that are not started yet
@@ -122,6 +127,7 @@ class Worker {
   std::vector<int> free_bounces_;
   std::vector<char> gap_ = std::vector<char>(8192);  // where the bytes between near segments go
   std::size_t next_job_ = 0;
+  std::chrono::steady_clock::time_point last_copy_;  // when one was last queued, or seen to have passed
 };
 
 }  // namespace gpunvme

@@ -16,7 +16,8 @@ constexpr unsigned kDepth = 64;
 void finish_buffered(const SourceFile& file, bool write, std::uint8_t* address, std::uint64_t from, std::uint64_t to) {
   while (from < to) {
     const auto offset = static_cast<off_t>(from);
-    const ssize_t got = write ? pwrite(file.fd(), address, to - from, offset) : pread(file.fd(), address, to - from, offset);
+    const ssize_t got =
+        write ? pwrite(file.fd(), address, to - from, offset) : pread(file.fd(), address, to - from, offset);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) throw file_failure(errno, write ? "cannot write" : "cannot read", file.name(), offset);
     if (got == 0) throw truncated_failure(file.name(), offset);
@@ -50,7 +51,7 @@ void Worker::pump() {
       if (!direct().room()) return;
       if (request.address == nullptr) {
         if (bounce_memory_ == nullptr) {
-          bounce_memory_.reset(static_cast<std::uint8_t*>(::operator new[](kBounce * kDepth, std::align_val_t{4096})));
+          bounce_memory_.reset(static_cast<std::uint8_t*>(::operator new[](kBounce* kDepth, std::align_val_t{4096})));
           free_bounces_.resize(kDepth);
           std::iota(free_bounces_.begin(), free_bounces_.end(), 0);
         }
@@ -59,7 +60,8 @@ void Worker::pump() {
         free_bounces_.pop_back();
         request.address = bounce_memory_.get() + static_cast<std::size_t>(request.bounce) * kBounce;
       }
-      direct().push({request.file->direct_descriptor(), write, request.address, request.nbytes, request.from, &request});
+      direct().push(
+          {request.file->direct_descriptor(), write, request.address, request.nbytes, request.from, &request});
       ++operation.next_request;
       ++operation.pending;
     }
@@ -77,27 +79,26 @@ void Worker::request_done(Request& request, int result) {
     return;
   }
   --operation.pending;
+  // Gaps between segments are read too, and count as nothing.
+  const auto wanted = [&](std::uint64_t begin, std::uint64_t end) {
+    return operation.piece.extent != nullptr ? operation.piece.extent->wanted(begin, end) : end - begin;
+  };
   try {
-    if (result == -EINVAL) {
+    std::uint64_t direct_end = 0;
+    if (result >= 0) {
+      const std::uint64_t got_end = request.from + static_cast<std::uint64_t>(result);
+      direct_end = std::clamp(got_end, request.wanted_begin, request.wanted_end);
+    } else if (result == -EINVAL) {
       // Aligned as the file system said, and refused: some stacked file systems promise more than they hold.
       file.refuse_direct();
-      result = 0;
-      finish_buffered(file, write, request.address + (request.wanted_begin - request.from), request.wanted_begin,
-                      request.wanted_end);
-      (write ? operation.counts.cached : operation.counts.buffered) += request.wanted_end - request.wanted_begin;
-    } else if (result < 0) {
+      direct_end = request.wanted_begin;
+    } else {
       throw file_failure(-result, write ? "cannot write" : "cannot read", file.name(),
                          static_cast<std::int64_t>(request.wanted_begin));
-    } else {
-      const std::uint64_t got_end = request.from + static_cast<std::uint64_t>(result);
-      if (got_end < request.wanted_end) {
-        const std::uint64_t rest = std::max(got_end, request.wanted_begin);
-        finish_buffered(file, write, request.address + (rest - request.from), rest, request.wanted_end);
-      }
-      operation.counts.direct += operation.piece.extent != nullptr
-                                     ? operation.piece.extent->wanted(request.wanted_begin, request.wanted_end)
-                                     : request.wanted_end - request.wanted_begin;
     }
+    operation.counts.direct += wanted(request.wanted_begin, direct_end);
+    finish_buffered(file, write, request.address + (direct_end - request.from), direct_end, request.wanted_end);
+    (write ? operation.counts.cached : operation.counts.buffered) += wanted(direct_end, request.wanted_end);
     if (request.deliver != nullptr && !operation.job->stopped()) {
       const std::uint64_t nbytes = request.wanted_end - request.wanted_begin;
       std::memcpy(request.deliver, request.address + (request.wanted_begin - request.from), nbytes);

@@ -40,14 +40,17 @@ void Worker::gather(Operation& operation) {
     base = operation.slot;
   }
   std::vector<MappedRange> mapped;
+  std::uint64_t furthest = 0;
   for (std::uint64_t i = begin; i < end && !operation.job->stopped();) {
     const auto offset = static_cast<std::uint64_t>(gather.offsets[i]);
     std::uint64_t next = i + 1;
-    while (next < end && static_cast<std::uint64_t>(gather.offsets[next]) == offset + (next - i) * gather.nbytes) ++next;
+    while (next < end && static_cast<std::uint64_t>(gather.offsets[next]) == offset + (next - i) * gather.nbytes)
+      ++next;
     const std::uint64_t nbytes = (next - i) * gather.nbytes;
     if (offset > gather.file_size || nbytes > gather.file_size - offset) {
       throw truncated_failure(file.name(), static_cast<std::int64_t>(offset));
     }
+    furthest = std::max(furthest, offset + nbytes);
     std::uint8_t* const to = base + (i - begin) * gather.nbytes;
     if (!gather_cached(operation, file, offset, nbytes, to, mapped)) gather_direct(operation, file, offset, nbytes, to);
     i = next;
@@ -61,6 +64,11 @@ void Worker::gather(Operation& operation) {
     }
     for (const MappedRange& range : mapped) operation.counts.mapped += range.nbytes;
     operation.counts.cached += operation.counts.mapped;
+  }
+  // Between the end of a file and the end of its page a mapping reads as zeros, without a fault: if the file was cut
+  // short meanwhile, they may be what was copied.
+  if (const std::uint64_t size = file.size(); furthest > size) {
+    throw truncated_failure(file.name(), static_cast<std::int64_t>(size));
   }
   if (!operation.requests.empty()) return begin_requests(operation);
   read_done(operation);

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <chrono>
+#include <thread>
 
 #include "worker.h"
 
@@ -23,6 +25,7 @@ Worker::Lane& Worker::lane(const Operation& operation) {
 void Worker::copy_to_device(Operation& operation) {
   const Piece& piece = operation.piece;
   Lane& to = lane(operation);
+  operation.copying = true;
   if (piece.gather != nullptr) {
     const std::uint64_t nbytes = (piece.end - piece.begin) * piece.gather->nbytes;
     const CUdeviceptr address = piece.gather->address + piece.begin * piece.gather->nbytes;
@@ -35,7 +38,8 @@ void Worker::copy_to_device(Operation& operation) {
     std::uint64_t end = segment->offset + segment->nbytes;
     const CUdeviceptr address = segment->address + (begin - segment->offset);
     // Segments that adjoin in the file and in memory go in one copy.
-    for (++segment; segment != last && segment->offset == end && segment->address == address + (end - begin); ++segment) {
+    for (++segment; segment != last && segment->offset == end && segment->address == address + (end - begin);
+         ++segment) {
       end += segment->nbytes;
     }
     end = std::min(end, piece.end);
@@ -48,6 +52,7 @@ void Worker::copy_to_device(Operation& operation) {
 void Worker::copy_from_device(Operation& operation) {
   const Piece& piece = operation.piece;
   Lane& from = lane(operation);
+  operation.copying = true;
   const auto [first, last] = piece.extent->overlap(piece.begin, piece.end);
   for (const Segment* segment = first; segment != last; ++segment) {
     const std::uint64_t begin = std::max(piece.begin, segment->offset);
@@ -69,6 +74,7 @@ void Worker::begin_copying(Operation& operation, Lane& lane) {
   operation.event = lane.spare_events.back();
   lane.spare_events.pop_back();
   lane.copying.push_back(&operation);
+  last_copy_ = std::chrono::steady_clock::now();
 }
 
 // Takes back the operations whose copies have passed.
@@ -81,7 +87,9 @@ bool Worker::take_back_copies() {
       if (state == kCudaNotReady) break;
       lane.copying.pop_front();
       lane.spare_events.push_back(operation.event);
+      operation.copying = state != kCudaSuccess;
       progress = true;
+      last_copy_ = std::chrono::steady_clock::now();
       try {
         cuda_check(state, "cuEventQuery after a copy");
         if (operation.piece.kind == Piece::Kind::kWrite) {
@@ -97,15 +105,16 @@ bool Worker::take_back_copies() {
   return progress;
 }
 
-// Waits for the oldest copy of any GPU; false if there is none.
+// Waits a little for a copy of any GPU, and does not stay in the driver for it: the caller's stream, which copies are
+// queued behind, may be busy for long, and what runs there may be waiting for other jobs of ours.
 bool Worker::wait_for_copy() {
-  for (auto& [device, lane] : lanes_) {
-    if (lane.copying.empty()) continue;
-    cuda_make_current(device);
-    cuda().EventSynchronize(lane.copying.front()->event);  // an error is seen again, and handled, by take_back_copies
-    return take_back_copies();
-  }
-  return false;
+  constexpr auto kSoon = std::chrono::microseconds(500);  // a few pieces' copies
+  do {
+    if (take_back_copies()) return true;
+    std::this_thread::yield();
+  } while (std::chrono::steady_clock::now() - last_copy_ < kSoon);
+  std::this_thread::sleep_for(std::chrono::microseconds(50));
+  return take_back_copies();
 }
 
 }  // namespace gpunvme

@@ -74,7 +74,7 @@ void Worker::classify(Job& job, const Piece& window) {
   } else {
     split(file, window, window.begin, window.end, pieces);
   }
-  job.push(pieces);
+  job.push(pieces, operations_.empty());
 }
 
 // Reads a piece out of the page cache: what is there without waiting; the rest by waiting if we may, else O_DIRECT.
@@ -128,7 +128,7 @@ void Worker::read_through_cache(Operation& operation, bool may_block) {
   if (at < piece.end && !operation.job->stopped()) {
     std::vector<Piece> rest;
     push_direct(piece, at, piece.end, rest);
-    operation.job->push(rest);
+    operation.job->push(rest, false);
   }
   piece.end = at;
   const std::uint64_t moved = piece.extent->wanted(piece.begin, piece.end);
@@ -153,17 +153,20 @@ void Worker::read_direct(Operation& operation) {
   };
   const auto [first, last] = piece.extent->overlap(piece.begin, piece.end);
   if (operation.job->options().device == kHost && last - first == 1) {
-    std::uint8_t* const to = reinterpret_cast<std::uint8_t*>(first->address) + (piece.begin - first->offset);
-    const std::uint64_t middle = align_up(piece.begin, align);
-    const std::uint64_t middle_end = align_down(piece.end, align);
-    const auto address = reinterpret_cast<std::uintptr_t>(to + (middle - piece.begin));
+    // A piece may begin or end in a gap: beyond the segment the memory is somebody else's.
+    const std::uint64_t begin = std::max(piece.begin, first->offset);
+    const std::uint64_t end = std::min(piece.end, first->offset + first->nbytes);
+    std::uint8_t* const to = reinterpret_cast<std::uint8_t*>(first->address) + (begin - first->offset);
+    const std::uint64_t middle = align_up(begin, align);
+    const std::uint64_t middle_end = align_down(end, align);
+    const auto address = reinterpret_cast<std::uintptr_t>(to + (middle - begin));
     if (middle < middle_end && address % file.memory_align() == 0 && align <= Slots::kBlock / 2) {
       operation.in_place = true;
-      if (piece.begin < middle || middle_end < piece.end) acquire_slot(operation, Slots::kBlock, Slots::From::kTop);
-      if (piece.begin < middle) request(piece.begin, middle, operation.slot, to);
-      request(middle, middle_end, to + (middle - piece.begin), nullptr);
-      if (middle_end < piece.end) {
-        request(middle_end, piece.end, operation.slot + Slots::kBlock / 2, to + (middle_end - piece.begin));
+      if (begin < middle || middle_end < end) acquire_slot(operation, Slots::kBlock, Slots::From::kTop);
+      if (begin < middle) request(begin, middle, operation.slot, to);
+      request(middle, middle_end, to + (middle - begin), nullptr);
+      if (middle_end < end) {
+        request(middle_end, end, operation.slot + Slots::kBlock / 2, to + (middle_end - begin));
       }
       return begin_requests(operation);
     }

@@ -1,11 +1,14 @@
-"""`File`: what people open; `read_many`: what checkpoints stand on. Arguments are checked here, before anything moves."""
+"""`File`: what people open; `read_many`: what checkpoints stand on. Arguments are checked before anything moves."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import operator
 import os
 import stat
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -25,6 +28,7 @@ _LARGEST_GATHERED = 512 << 10
 # ones move while the memory of the last ones is not even allocated.
 _BATCH_BYTES = 256 << 20
 _BATCH_PARTS = 4096
+_LARGEST_FILE = 2**63 - 1
 
 
 def open(source: str | os.PathLike[str] | int, mode: str = "r", *, path: str = "auto") -> File:
@@ -170,14 +174,19 @@ class File:
         FileError, TruncatedError, CudaError, DeadlineExceeded, Cancelled
             If it fails on the way; the destination's content is then undefined.
         """
+        offset = operator.index(offset)
         span = _checked(destination, offset, nbytes, writable=True)
         self._check_range(offset, span.nbytes)
         path = self._path(span.device)
-        if wait and path is HOST:
-            report = HOST.small_read(Part(self._file, offset, span))
-            if report is not None:
-                return Transfer.finished(report, span.nbytes)
         order = Order(False, span.device, stream_handle(stream, destination, span.device), timeout)
+        if wait and path is HOST:
+            if span.device.is_gpu:
+                check_gpu_span(span)
+            report = HOST.small_read(Part(self._file, offset, span), order.stream)
+            if report is not None:
+                if progress is not None:
+                    progress(span.nbytes, span.nbytes)
+                return Transfer.finished(report, span.nbytes)
         return self._move(path, order, offset, span, wait, progress)
 
     def read(self, offset: int = 0, nbytes: int | None = None, device: Any = "cpu") -> Buffer:
@@ -185,8 +194,8 @@ class File:
 
         Raises the same errors as `read_into`.
         """
-        if nbytes is None:
-            nbytes = max(0, self.size - offset)
+        offset = operator.index(offset)
+        nbytes = max(0, self.size - offset) if nbytes is None else operator.index(nbytes)
         self._check_range(offset, nbytes)
         buffer = Buffer.empty(nbytes, device, congruent_to=offset)
         self.last_transfer = self.read_into(buffer, offset)
@@ -231,6 +240,8 @@ class File:
         SpanError, TypeError, FileError, TruncatedError, CudaError, DeadlineExceeded, Cancelled
             As for `read_into`.
         """
+        file = self._file
+        nbytes = operator.index(nbytes)
         if nbytes <= 0:
             raise RangeError(f"nbytes is {nbytes}: each read must have at least one byte")
         places = _offsets(offsets)
@@ -244,15 +255,18 @@ class File:
         if span.nbytes < total:
             raise SpanError(f"out has {span.nbytes} bytes; {len(places)} reads of {nbytes} bytes need {total}")
         span = span.part(0, total)
+        if span.device.is_gpu:
+            check_gpu_span(span)
         order = Order(False, span.device, stream_handle(stream, out, span.device), timeout)
         movement = self._path(span.device).begin(order)
-        if nbytes > _LARGEST_GATHERED:
-            movement.add(
-                [Part(self._file, int(at), span.part(i * nbytes, nbytes)) for i, at in enumerate(places)],
-            )
-        elif len(places):
-            movement.add_gather(self._file, places, nbytes, span)
-        self.last_transfer = _sealed(movement, order, total, (self._file, span, places), True, progress)
+
+        def add() -> None:
+            if nbytes > _LARGEST_GATHERED:
+                movement.add([Part(file, int(at), span.part(i * nbytes, nbytes)) for i, at in enumerate(places)])
+            elif len(places):
+                movement.add_gather(file, places, nbytes, span)
+
+        self.last_transfer = _carry(movement, order, total, (file, span, places), True, progress, add)
         return out
 
     def write_from(
@@ -297,7 +311,10 @@ class File:
         if atomic:
             return self._replace(source, offset, nbytes, stream, wait, progress, timeout)
         file = self._file
+        offset = operator.index(offset)
         span = _checked(source, offset, nbytes, writable=False)
+        if offset + span.nbytes > _LARGEST_FILE:
+            raise RangeError(f"no file can have {offset + span.nbytes} bytes")
         if not file.writable:
             raise FileError(9, "the file is open for reading only; use mode 'r+' or 'w'", self._name)
         path = self._path(span.device)
@@ -339,9 +356,7 @@ class File:
         if offset != 0 or not wait:
             raise ValueError("atomic=True replaces the whole file at once: offset must be 0 and wait True")
         with Replacement(self._path_name) as replacement:
-            transfer = replacement.file.write_from(
-                source, 0, nbytes, stream=stream, progress=progress, timeout=timeout
-            )
+            transfer = replacement.file.write_from(source, 0, nbytes, stream=stream, progress=progress, timeout=timeout)
         self._native = _open_path(self._path_name, "r+")
         return transfer
 
@@ -357,9 +372,9 @@ class File:
     ) -> Transfer:
         if order.device.is_gpu:
             check_gpu_span(span)
+        part = Part(self._file, offset, span)
         movement = path.begin(order)
-        movement.add([Part(self._file, offset, span)])
-        return _sealed(movement, order, span.nbytes, (self._file, span), wait, progress, on_done)
+        return _carry(movement, order, span.nbytes, part, wait, progress, lambda: movement.add([part]), on_done)
 
     def _check_range(self, offset: int, nbytes: int) -> None:
         size = self.size
@@ -419,7 +434,8 @@ def read_many(
     batch: list[Part] = []
     moving = queued = 0
     try:
-        for file, offset, destination in parts:
+        for file, start, destination in parts:
+            offset = operator.index(start)
             span = _checked(destination, offset, None, writable=True)
             file._check_range(offset, span.nbytes)
             if movement is None or order is None:
@@ -449,21 +465,30 @@ def read_many(
             # What does not come back in time stays alive with the transfer.
             Transfer(movement, moving, keep=keep)
         raise
-    return _sealed(movement, order, moving, keep, wait, progress)
+    return _carry(movement, order, moving, keep, wait, progress)
 
 
-def _sealed(
+def _carry(
     movement: OpenMovement,
     order: Order,
     nbytes: int,
     keep: object,
     wait: bool,
     progress: Progress | None,
-    on_done: Any = None,
+    add: Callable[[], None] | None = None,
+    on_done: Callable[[bool], None] | None = None,
 ) -> Transfer:
     deadline = None if order.timeout is None else time.monotonic() + order.timeout
+    # Before anything is added: from then on it keeps the memory alive, whatever is raised in between.
     transfer = Transfer(movement, nbytes, keep=keep, progress=progress, deadline=deadline, on_done=on_done)
-    movement.seal()
+    try:
+        if add is not None:
+            add()
+        movement.seal()
+    except BaseException:
+        movement.cancel()
+        movement.wait(5.0)
+        raise
     return transfer.wait() if wait else transfer
 
 
@@ -473,6 +498,7 @@ def _checked(memory: Any, offset: int, nbytes: int | None, *, writable: bool) ->
     span = span_of(memory, writable=writable)
     if nbytes is None:
         return span
+    nbytes = operator.index(nbytes)
     if nbytes < 0 or nbytes > span.nbytes:
         what = "destination" if writable else "source"
         raise SpanError(f"the {what} has {span.nbytes} bytes; {nbytes} were asked for")
@@ -498,6 +524,8 @@ def _offsets(offsets: Any) -> NDArray[np.int64]:
 
 
 def _open_path(name: str, mode: str) -> _native.SourceFile:
+    if b"\0" in os.fsencode(name):
+        raise ValueError("embedded null byte")
     try:
         if mode != "r" and stat.S_ISBLK(os.stat(name).st_mode):
             raise FileError(1, "this release does not write to block devices", name)
@@ -512,10 +540,24 @@ def _open_path(name: str, mode: str) -> _native.SourceFile:
 
 
 def _open_descriptor(fd: int, name: str, mode: str) -> _native.SourceFile:
+    again = None
     try:
-        file = _native.SourceFile.from_descriptor(fd, os.fsencode(name))
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if flags & os.O_ACCMODE == os.O_WRONLY:
+            raise FileError(errno.EBADF, f"mode {mode!r} needs a descriptor that is open for reading", name)
+        if flags & (os.O_APPEND | os.O_DIRECT):
+            # Appending descriptors write elsewhere than they are told to; O_DIRECT ones refuse what is not aligned.
+            again = os.open(f"/proc/self/fd/{fd}", flags & os.O_ACCMODE | os.O_CLOEXEC)
+        file = _native.SourceFile.from_descriptor(fd if again is None else again, os.fsencode(name))
     except _native.Failure as failure:
         raise_native(failure)
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(error.errno or 5, f"cannot use the file descriptor: {error.strerror}", name) from None
+    finally:
+        if again is not None:
+            os.close(again)
     if mode != "r" and not file.writable:
         raise FileError(9, f"mode {mode!r} needs a descriptor that is open for reading and writing", name)
     if mode != "r" and file.is_block_device:
@@ -552,5 +594,5 @@ def write_parts(parts: Sequence[tuple[File, int, Any]]) -> Transfer:
         batch.append(Part(file._file, offset, span))
     order = Order(True, device, stream)
     movement = (parts[0][0]._path(device) if parts else HOST).begin(order)
-    movement.add(batch)
-    return _sealed(movement, order, sum(part.span.nbytes for part in batch), (batch, parts), True, None)
+    nbytes = sum(part.span.nbytes for part in batch)
+    return _carry(movement, order, nbytes, (batch, parts), True, None, lambda: movement.add(batch))

@@ -28,7 +28,7 @@ class Device(NamedTuple):
     """Where memory is: ``Device("cpu", 0)`` or ``Device("cuda", N)``; `str` gives ``"cpu"`` or ``"cuda:N"``."""
 
     kind: str
-    index: int
+    index: int  # type: ignore[assignment]  # in place of tuple.index
 
     @classmethod
     def parse(cls, device: Any) -> Device:
@@ -214,8 +214,11 @@ class Buffer:
     def __dlpack__(self, **options: Any) -> Any:
         if not self._span.device.is_gpu:
             return np.asarray(self).__dlpack__(**options)
-        array = _native.gpu_array(self.ptr, list(self._shape), self._span.device.index, self)
-        return array.__dlpack__(**options)
+        elsewhere = options.get("dl_device") not in (None, self.__dlpack_device__())
+        if elsewhere or options.get("copy"):
+            raise BufferError(f"{self!r} hands out its own memory only, no copy of it")
+        # Whatever filled it was waited for: nothing is left to be ordered behind a stream.
+        return _native.gpu_array(self.ptr, list(self._shape), self._span.device.index, self)
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -400,6 +403,8 @@ def _span_of_dlpack(memory: HasDLPack) -> Span:
         capsule = memory.__dlpack__(max_version=(1, 0), **options)
     except TypeError:  # an exporter from before DLPack 1.0
         capsule = memory.__dlpack__(**options)
+    except BufferError as error:
+        raise SpanError(f"{_name(memory)} does not hand out its memory: {error}") from None
     address, nbytes, kind, index, contiguous, read_only = _native.inspect_dlpack(capsule)
     if not contiguous:
         raise SpanError(f"not contiguous: {_name(memory)}; use a contiguous copy")

@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import stat
+import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -32,8 +33,11 @@ class Replacement:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._target = os.path.realpath(os.fspath(path))
         self._directory, name = os.path.split(self._target)
-        self._temporary = os.path.join(self._directory, f".{name[:200]}.{secrets.token_hex(6)}.part")
+        start = os.fsdecode(os.fsencode(name)[:200])  # a name has at most 255 bytes
+        self._temporary = os.path.join(self._directory, f".{start}.{secrets.token_hex(6)}.part")
         self._file: File | None = None
+        # Ctrl-C may come where no `except` is in force yet, or any more: then this object's end removes the file.
+        self._remove = weakref.finalize(self, _remove, self._temporary, os.getpid())
 
     @property
     def file(self) -> File:
@@ -43,7 +47,7 @@ class Replacement:
         return self._file
 
     def __enter__(self) -> Self:
-        from gpunvme.file import File
+        from gpunvme.file import File, _open_descriptor
 
         try:
             existing = os.stat(self._target)
@@ -61,8 +65,9 @@ class Replacement:
                 os.fchmod(fd, stat.S_IMODE(existing.st_mode))
             self._file = File(fd, "r+")
             self._file._name = self._target
+            self._file._native = _open_descriptor(fd, self._target, "r+")  # errors name the target too
         except BaseException:
-            os.unlink(self._temporary)
+            self._remove()
             raise
         finally:
             os.close(fd)
@@ -96,8 +101,11 @@ class Replacement:
         finally:
             os.close(directory)
 
-    def _remove(self) -> None:
-        try:
-            os.unlink(self._temporary)
-        except FileNotFoundError:
-            pass  # it was renamed already
+
+def _remove(temporary: str, process: int) -> None:
+    if os.getpid() != process:
+        return  # a forked child's copy of the object: the file is its parent's
+    try:
+        os.unlink(temporary)
+    except FileNotFoundError:
+        pass  # it was renamed already, or never made

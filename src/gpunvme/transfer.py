@@ -109,7 +109,9 @@ class Transfer:
     @property
     def done(self) -> bool:
         """Whether it has ended, well or not: nothing of it is in flight any more."""
-        return self._settled or self._movement.wait(0)
+        if not self._settled:
+            self._settle()
+        return self._settled
 
     @property
     def nbytes(self) -> int:
@@ -218,12 +220,20 @@ class Transfer:
             try:
                 if self._on_done is not None:
                     self._on_done(self._failure is None)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, whoever waits must hear of it
                 self._failure = self._failure or error
             self._report = self._movement.report()
             self._keep = None
             self._settled = True
         _forget(self)
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: the transfer is the parent's, and so is what follows its end."""
+        self._lock = threading.Lock()
+        self._report = Report("none", "the transfer runs in the parent process", 0.0)
+        self._failure = Cancelled("the transfer was started by the parent process and runs only there")
+        self._keep = None
+        self._settled = True
 
     def cancel(self) -> None:
         """Stop it as soon as possible; `wait` then raises `Cancelled`. Does nothing when it is done."""
@@ -254,15 +264,32 @@ _unfinished_lock = threading.Lock()
 
 
 def _remember(transfer: Transfer) -> None:
-    # Those that nobody waited for are let go here.
     with _unfinished_lock:
-        _unfinished.difference_update([other for other in _unfinished if other.done])
+        others = list(_unfinished)
         _unfinished.add(transfer)
+    # Those that nobody waited for come to their end, and are let go, here.
+    for other in others:
+        other._settle()
 
 
 def _forget(transfer: Transfer) -> None:
     with _unfinished_lock:
         _unfinished.discard(transfer)
+
+
+def _after_fork_in_child() -> None:
+    # What the parent moves, it moves in its own memory and with its own threads.
+    for transfer in _unfinished:
+        transfer._leave_to_parent()
+    _unfinished.clear()
+    _unfinished_lock.release()
+
+
+os.register_at_fork(
+    before=_unfinished_lock.acquire,
+    after_in_parent=_unfinished_lock.release,
+    after_in_child=_after_fork_in_child,
+)
 
 
 def error_from_native(arguments: tuple[Any, ...]) -> Error:

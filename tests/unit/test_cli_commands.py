@@ -96,6 +96,42 @@ def test_gpu_asked_for_and_not_there(
         assert "no driver" in capsys.readouterr().err
 
 
+def test_bench_hands_over_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def run_bench(path: str | None, **options: Any) -> dict[str, Any]:
+        options.pop("on_result")({"case": "hot", "contestant": "gpunvme"})
+        asked.update(options, path=path)
+        return {"results": []}
+
+    monkeypatch.setattr("gpunvme.bench.run_bench", run_bench)
+    assert main(["bench", "file", "--device", "cpu", "--sizes", "4KiB,1MiB", "--write", "--quick", "--json"]) == Exit.OK
+    assert answer(capsys) == {"results": []}
+    assert asked == {"path": "file", "device": "cpu", "sizes": [4096, 1 << 20], "write": True, "quick": True}
+
+
+def test_full_gpu_is_no_traceback(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class OutOfMemoryError(RuntimeError):  # as torch names it
+        pass
+
+    def full(*_: object, **__: object) -> object:
+        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation")
+
+    monkeypatch.setattr("gpunvme.models.safetensors.load_file", full)
+    assert main(["load", str(checkpoint), "--device", "cpu"]) == Exit.SYSTEM_REFUSED
+    assert "Tried to allocate 2 GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["load", "info", "bench"])
+def test_device_that_is_none(command: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(checkpoint), "--device", "gpu7"]) == Exit.USAGE
+    assert "gpu7" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["bit", "shape", "dtype", "missing", "nan"])
 def test_verification_finds_every_kind_of_difference(
     checkpoint: Path, tensors: dict[str, np.ndarray], damage: str

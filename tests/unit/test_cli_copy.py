@@ -14,7 +14,7 @@ import pytest
 
 import gpunvme
 from gpunvme.cli import main
-from gpunvme.cli.copy import compare
+from gpunvme.cli.copy import compare, copy_bytes
 from gpunvme.cli.exits import CheckFailedError, Exit
 
 if TYPE_CHECKING:
@@ -115,6 +115,22 @@ def test_damaged_copy_is_found_and_nothing_is_replaced(tmp_path: Path) -> None:
     copied.write_bytes(data)
     with gpunvme.open(source) as one, gpunvme.open(copied) as other, pytest.raises(CheckFailedError, match="200000"):
         compare(one, other)
+
+
+def test_private_file_is_private_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, copied = tmp_path / "source", tmp_path / "copied"
+    source.write_bytes(b"secret")
+    source.chmod(0o4600)
+    seen = []
+
+    def watch(one: gpunvme.File, other: gpunvme.File, progress: object) -> object:
+        seen.append(os.stat(other.fileno()).st_mode & 0o7777)
+        return copy_bytes(one, other)
+
+    monkeypatch.setattr("gpunvme.cli.copy.copy_bytes", watch)
+    assert main(["copy", str(source), str(copied)]) == Exit.OK
+    assert seen == [0o600]
+    assert copied.stat().st_mode & 0o7777 == 0o4600
 
 
 def test_failed_verification_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

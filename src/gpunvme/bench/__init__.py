@@ -137,18 +137,17 @@ def _sizes(asked: list[int] | None, largest: int, quick: bool) -> list[int]:
 
 
 def _about(path: str, where: str, nbytes: int) -> dict[str, Any]:
-    about = {
+    about: dict[str, Any] = {
         "schema": 1,
         "benchmark": "gpunvme bench",
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "machine": machine.describe_machine(),
         "device": where,
         "file": machine.describe_file(path) | {"nbytes": nbytes},
-        "versions": machine.versions(("gpunvme", "numpy", "torch", "safetensors")) | {"fio": fio.version()},
+        "versions": {"gpunvme": gpunvme.__version__, **machine.versions(("numpy", "torch")), "fio": fio.version()},
     }
     if where != "cpu":
         about["machine"]["gpu"] = gpu_name(where)
-    about["versions"].setdefault("gpunvme", gpunvme.__version__)
     return about
 
 

@@ -52,8 +52,8 @@ class Scale:
     fio_seconds: float
 
 
-FULL = Scale(5, 15.0, 4 * GIB, GIB, 512 * MIB, 64 * MIB, 2.0)
-QUICK = Scale(3, 3.0, 256 * MIB, 128 * MIB, 64 * MIB, 8 * MIB, 1.0)
+FULL = Scale(5, 15.0, 4 * GIB, GIB, 512 * MIB, 64 * MIB, 1.0)
+QUICK = Scale(3, 3.0, 256 * MIB, 128 * MIB, 64 * MIB, 24 * MIB, 0.3)
 
 
 @dataclass(slots=True)
@@ -123,7 +123,7 @@ def sequential(subject: Subject, size: int, scale: Scale) -> Case:
         case.contestants.append(who.copy_ceiling(subject.to.device, max(size, 256 * MIB)))
     elif subject.with_fio and size >= MIB:
         job = fio.Job(subject.path, work.nbytes, MIB, random=False, engine="psync", jobs=who.threads())
-        case.contestants.append(fio.contestant(job, "peer"))
+        case.contestants.append(fio.contestant(job, "limit"))
     return case
 
 
@@ -172,8 +172,8 @@ def gather(subject: Subject, block: int, state: State, scale: Scale, keep: conte
     case.contestants = [who.ours_random(work)]
     if hot:
         case.contestants.append(who.ours_random_again(work, keep.enter_context(gpunvme.open(subject.path))))
-    case.contestants += [who.pread_random(work, 1), who.mmap_random(work, 1)]
-    if who.threads() > 1:
+        case.contestants += [who.pread_random(work, 1), who.mmap_random(work, 1)]
+    if not hot or who.threads() > 1:
         case.contestants += [who.pread_random(work, who.threads()), who.mmap_random(work, who.threads())]
     if hot and subject.on_gpu:
         case.contestants.append(who.copy_ceiling(subject.to.device, 256 * MIB))
@@ -191,7 +191,7 @@ def _fio_random(subject: Subject, block: int, hot: bool, scale: Scale) -> list[C
     if subject.on_gpu:
         return []
     threaded = replace(job, jobs=who.threads())
-    return [fio.contestant(threaded, "peer"), fio.contestant(replace(threaded, engine="mmap"), "peer")]
+    return [fio.contestant(threaded, "limit"), fio.contestant(replace(threaded, engine="mmap"), "limit")]
 
 
 def write(subject: Subject, path: str, scale: Scale) -> Case:

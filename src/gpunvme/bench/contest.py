@@ -52,6 +52,8 @@ class Contestant:
         How it was set up.
     lands : bool
         Whether its bytes arrive in the common destination, where they can be checked.
+    warms_up : bool
+        Whether it takes part in the round that does not count.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Contestant:
     run: Callable[[], Run]
     settings: str = ""
     lands: bool = True
+    warms_up: bool = True
 
 
 class Check(Protocol):
@@ -110,6 +113,7 @@ class Outcome:
             "high": max(rates) if rates else None,
             "first": self.first.nbytes / self.first.seconds if self.first else None,
             "rounds": len(rates),
+            "rates": rates,
             "resident_before": self.resident,
             "path": last.path if last else "",
             "reason": last.reason if last else "",
@@ -178,8 +182,9 @@ def hold(
             break
         start = number % len(outcomes) if outcomes else 0
         for outcome in outcomes[start:] + outcomes[:start]:
-            if not outcome.failure:
-                _one_run(outcome, before, check if number == 0 else None, counts=number >= warm_up)
+            counts = number >= warm_up
+            if not outcome.failure and (counts or outcome.contestant.warms_up):
+                _one_run(outcome, before, check if number == 0 else None, counts=counts)
     return outcomes
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import random
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 import gpunvme
 from gpunvme import _native
@@ -21,6 +22,7 @@ from gpunvme.bench.destinations import Destination
 from gpunvme.bench.samples import compare_gathered, compare_read
 
 MIB = 1 << 20
+Offsets = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Random:
     path: str
     to: Destination
     block: int
-    offsets: array[int]
+    offsets: Offsets
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +55,7 @@ class Random:
         return self.block * len(self.offsets)
 
 
-def random_offsets(file_bytes: int, block: int, count: int, seed: int = 0) -> array[int]:
+def random_offsets(file_bytes: int, block: int, count: int, seed: int = 0) -> Offsets:
     """Choose blocks of a file at random, aligned to their size, each place as likely as any other.
 
     Parameters
@@ -69,12 +71,10 @@ def random_offsets(file_bytes: int, block: int, count: int, seed: int = 0) -> ar
 
     Returns
     -------
-    array of int
-        File offsets, as 64-bit integers.
+    array of int64
+        File offsets.
     """
-    places = file_bytes // block
-    chosen = random.Random(seed)
-    return array("q", [int(chosen.random() * places) * block for _ in range(count)])
+    return np.random.default_rng(seed).integers(0, file_bytes // block, count, dtype=np.int64) * block
 
 
 def threads() -> int:
@@ -120,17 +120,11 @@ def ours_sequential(work: Sequential) -> Contestant:
     """`File.read_into`, as a user calls it."""
 
     def run() -> Run:
+        parts = [(at, work.to.part(at, work.block)) for at in range(0, work.nbytes, work.block)]
         with gpunvme.open(work.path) as file:
-            if work.requests == 1:
-                return timed(lambda: file.read_into(work.to.part(0, work.block)), work.nbytes)
-            parts = [(at, work.to.part(at, work.block)) for at in range(0, work.nbytes, work.block)]
-
-            def read_all() -> gpunvme.Transfer:
-                for at, part in parts:
-                    transfer = file.read_into(part, at)
-                return transfer
-
-            return timed(read_all, work.nbytes)
+            if len(parts) == 1:
+                return timed(lambda: file.read_into(parts[0][1]), work.nbytes)
+            return timed(lambda: [file.read_into(part, at) for at, part in parts][-1], work.nbytes)
 
     return Contestant("gpunvme", "ours", run)
 
@@ -194,7 +188,7 @@ def _read_part(fd: int, address: int, offset: int, nbytes: int, count: int) -> N
         _native.pread_sequential(fd, address, nbytes, MIB, count)
         return
     piece = MIB if nbytes % MIB == 0 else nbytes
-    offsets = array("q", range(offset, offset + nbytes, piece))
+    offsets = np.arange(offset, offset + nbytes, piece, dtype=np.int64)
     _native.preadv_threads(fd, address, offsets, piece, min(count, len(offsets)))
 
 
@@ -244,7 +238,7 @@ def ours_random_again(work: Random, file: gpunvme.File) -> Contestant:
     return Contestant("gpunvme, file kept open", "ours", lambda: _gather(file, work))
 
 
-def _randomly(work: Random, name: str, settings: str, read: Callable[[int, int, array[int]], object]) -> Contestant:
+def _randomly(work: Random, name: str, settings: str, read: Callable[[int, int, Offsets], object]) -> Contestant:
     """Read blocks into the window, a window's worth at a time."""
     at_once = max(1, work.to.window_bytes // work.block)
 
@@ -280,7 +274,7 @@ def mmap_random(work: Random, count: int) -> Contestant:
     )
 
 
-def direct_random(path: str, host: Destination, offsets: array[int], block: int, depth: int) -> Contestant:
+def direct_random(path: str, host: Destination, offsets: Offsets, block: int, depth: int) -> Contestant:
     """The limit of a cold gather: raw O_DIRECT requests at depth, into host memory and no further."""
     nbytes = block * len(offsets)
 
@@ -323,10 +317,11 @@ def pwrite_sequential(path: str, source: Destination, nbytes: int) -> Contestant
 
 
 def direct_write(path: str, host: Destination, nbytes: int, depth: int) -> Contestant:
-    """The limit of a write: raw O_DIRECT at depth from host memory, then ``fsync``."""
+    """The limit of a write: space reserved, raw O_DIRECT at depth from host memory, then ``fsync``."""
     whole = nbytes // MIB * MIB
 
     def write() -> None:
+        _native.SourceFile.open(os.fsencode(path), "w").reserve(0, whole)  # writes that extend a file take turns
         _native.direct_write(path, host.window(0), whole, MIB, depth)
         _opened(path, os.fsync)
 

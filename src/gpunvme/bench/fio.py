@@ -91,7 +91,7 @@ def version() -> str | None:
         said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.strip()
+    return said.stdout.strip().removeprefix("fio-")
 
 
 def parse(text: str) -> Run:
@@ -153,4 +153,11 @@ def contestant(job: Job, kind: Kind) -> Contestant:
     """Let fio take part in a contest. It reads into a small buffer of its own, which flatters it."""
     in_words = f"fio {job.engine}" + (" O_DIRECT" if job.engine == "io_uring" else "")
     how = f"depth {job.depth}" if job.engine == "io_uring" else f"{job.jobs} threads"
-    return Contestant(f"{in_words}, {how}", kind, lambda: run(job), settings=" ".join(job.arguments()[2:]), lands=False)
+    return Contestant(
+        f"{in_words}, {how}",
+        kind,
+        lambda: run(job),
+        settings=" ".join(job.arguments()[2:]),
+        lands=False,
+        warms_up=False,
+    )

@@ -88,9 +88,12 @@ def bring(path: str, state: State, nbytes: int) -> float | None:
     try:
         fraction = resident_fraction(fd, nbytes)
         if state == "hot":
-            if fraction != 1.0:
-                with mmap.mmap(-1, 4 * MIB) as scratch, memoryview(scratch) as buffer:
+            with mmap.mmap(-1, 4 * MIB) as scratch, memoryview(scratch) as buffer:
+                for _ in range(3):  # a busy machine takes pages away again
+                    if fraction == 1.0:
+                        break
                     _read_through(fd, 0, nbytes, buffer)
+                    fraction = resident_fraction(fd, nbytes)
         else:
             for _ in range(3):  # pages still on their way through the kernel's per-CPU lists survive a first drop
                 _drop(fd)

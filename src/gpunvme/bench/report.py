@@ -146,9 +146,10 @@ def render(result: dict[str, Any], console: Console) -> None:
         console.print(case_table(rows, case))
     console.print()
     console.print(
-        "Medians of interleaved runs; spread is slowest and fastest against the median. × limit: against page-locked "
-        "copies (hot, GPU) or raw O_DIRECT reads into host memory (not cached), in this run. × best peer: against the "
-        "fastest of what people use today. Everything that arrives is checked against the file.",
+        "Medians of interleaved runs; spread is slowest and fastest against the median. × limit: hot against a copy "
+        "from page-locked memory (to a GPU) or fio, which throws the bytes away (to the host); not cached against raw "
+        "O_DIRECT reads into host memory; all in this run. × best peer: against the fastest of what people use today. "
+        "What arrives is checked against the file.",
         style="dim",
         highlight=False,
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gpunvme.bench.contest import WrongBytes
 
@@ -29,14 +32,14 @@ def compare_read(path: str, nbytes: int, fetch: Callable[[int, int], bytes]) -> 
     _compare(path, [(at, at, min(_BYTES, nbytes - at)) for at in places], fetch)
 
 
-def compare_gathered(path: str, offsets: Sequence[int], block: int, fetch: Callable[[int, int], bytes]) -> None:
+def compare_gathered(path: str, offsets: NDArray[np.int64], block: int, fetch: Callable[[int, int], bytes]) -> None:
     """Compare samples of a destination that blocks were gathered into.
 
     Parameters
     ----------
     path : str
         The file.
-    offsets : sequence of int
+    offsets : array of int64
         Where the blocks come from, in the order in which they lie in the destination.
     block : int
         Bytes a block.
@@ -45,7 +48,7 @@ def compare_gathered(path: str, offsets: Sequence[int], block: int, fetch: Calla
     """
     chosen = random.Random(1)
     places = [0, len(offsets) - 1] + [chosen.randrange(len(offsets)) for _ in range(_SAMPLES)]
-    _compare(path, [(offsets[index], index * block, min(block, _BYTES)) for index in places], fetch)
+    _compare(path, [(int(offsets[index]), index * block, min(block, _BYTES)) for index in places], fetch)
 
 
 def _compare(path: str, places: list[tuple[int, int, int]], fetch: Callable[[int, int], bytes]) -> None:

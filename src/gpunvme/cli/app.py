@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import sys
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import gpunvme
 from gpunvme.cli.bench import bench
 from gpunvme.cli.copy import copy
 from gpunvme.cli.demo import demo
@@ -54,6 +54,12 @@ def _reported(command: Callable[..., Any]) -> Callable[..., Any]:
             if not isinstance(error, ModuleNotFoundError) and error.name not in ("gpunvme", "gpunvme._native"):
                 raise
             raise typer.Exit(report_error(error, as_json=options.get("json", False))) from error
+        except RuntimeError as error:
+            # torch's own, which can only be named where torch is imported: the GPU's memory is full.
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            full = MemoryError(str(error).partition("\n")[0])
+            raise typer.Exit(report_error(full, as_json=options.get("json", False))) from error
 
     return run_and_report
 
@@ -69,12 +75,7 @@ for _command in (demo, load, copy, info, bench, doctor):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print(f"gpunvme {version('gpunvme')}")
-        except PackageNotFoundError:
-            print("gpunvme (not installed: run from its source)")
+        print(f"gpunvme {gpunvme.__version__}")
         raise typer.Exit(Exit.OK)
 
 
@@ -96,11 +97,4 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if isinstance(leaving.code, int):
             return leaving.code
         return Exit.OK if leaving.code is None else Exit.USAGE
-    except KeyboardInterrupt:
-        return Exit.INTERRUPTED
-    except OSError as error:
-        if error.errno != errno.EPIPE:
-            raise
-        _forget_stdout()
-        return Exit.BROKEN_PIPE
     return Exit.OK

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from gpunvme.cli.device import resolve_device
 from gpunvme.cli.output import Output
 
 
@@ -21,6 +22,7 @@ def bench(
 ) -> None:
     """Measure reads (and writes) beside what people use today and the limit of the machine, in the same run."""
     wanted = None if sizes is None else [parse_size(word) for word in sizes.split(",")]
+    where = resolve_device(device)
     from gpunvme.bench import run_bench
     from gpunvme.bench.report import render
 
@@ -28,7 +30,7 @@ def bench(
     with output.status("measuring") as show:
         result = run_bench(
             path,
-            device=device,
+            device=where,
             sizes=wanted,
             write=write,
             quick=quick,

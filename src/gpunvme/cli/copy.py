@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from gpunvme.file import File
+    from gpunvme.replace import Replacement
     from gpunvme.transfer import Transfer
 
 CHUNK = 32 << 20
@@ -42,8 +43,6 @@ def copy(
 
     Holes stay holes and mode bits are kept. Memory used: 64 MiB.
     """
-    from gpunvme.replace import Replacement
-
     import gpunvme
 
     output = Output(as_json=json)
@@ -51,12 +50,15 @@ def copy(
     start = time.perf_counter()
     compared: dict[str, Any] | None = None
     with gpunvme.open(src) as source:
-        with Replacement(dst, fsync=fsync) as replacement:
+        with _replacement(dst, fsync=fsync) as replacement:
+            status = os.stat(source.fileno())
+            mode = stat.S_IMODE(status.st_mode) if stat.S_ISREG(status.st_mode) else 0o600
+            # A private file must not be readable by others while it is copied.
+            os.fchmod(replacement.file.fileno(), mode & 0o777)
             with output.progress("copy") as progress:
                 done = copy_bytes(source, replacement.file, progress)
-            mode = os.stat(source.fileno()).st_mode
-            if stat.S_ISREG(mode):
-                os.fchmod(replacement.file.fileno(), stat.S_IMODE(mode))
+            # Writing may have taken set-user-ID away.
+            os.fchmod(replacement.file.fileno(), mode)
             if verify:
                 with output.progress("verify") as progress:
                     compared = compare(source, replacement.file, progress)
@@ -76,13 +78,28 @@ def copy(
         }
     )
     safe = "safe on its drive" if fsync else "not waited for (--no-fsync)"
-    output.line(f"{size(nbytes)} in {duration(seconds)} ({speed(nbytes, seconds)}), {safe}")
+    compared_too = " with the comparison" if verify else ""
+    output.line(f"{size(nbytes)} in {duration(seconds)}{compared_too} ({speed(nbytes, seconds)}), {safe}")
     facts = {"read": str(done.read), "write": str(done.write)}
     if done.read.nbytes < nbytes:
         facts["holes"] = size(nbytes - done.read.nbytes)
     if compared is not None:
-        facts["verified"] = f"every byte, {size(compared['direct_bytes'])} read back from the drive"
+        memory = compared["cached_bytes"]
+        facts["verified"] = f"every byte, {size(compared['nbytes'] - memory)} read back from the drive"
+        if memory:
+            facts["verified"] += f", {size(memory)} that would not leave the page cache"
     output.facts(facts)
+
+
+def _replacement(path: str, *, fsync: bool) -> Replacement:
+    """Return what puts the copy in the place of ``path`` at its end."""
+    from gpunvme.replace import Replacement
+
+    class Unsynced(Replacement):
+        def _put_in_place(self) -> None:
+            os.rename(self._temporary, self._target)
+
+    return Replacement(path) if fsync else Unsynced(path)
 
 
 def _refuse(src: str, dst: str, *, force: bool) -> None:

@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.table import Table
 
 from gpunvme.cli.exits import NotInstalledError
@@ -38,7 +39,7 @@ def demo(
     """Load a real checkpoint, check every bit of it, and time it beside the safetensors library."""
     import gpunvme
     from gpunvme.bench import contest
-    from gpunvme.cli.device import resolve_device
+    from gpunvme.cli.device import no_gpu_reason, resolve_device
     from gpunvme.cli.verify import compare_with_safetensors
     from gpunvme.models.index import Checkpoint
 
@@ -55,7 +56,8 @@ def demo(
     output.line(f"Checkpoint: {source}")
     tensors = loader.load()
     transfer = loader.transfer
-    output.line(f"{len(tensors)} tensors, {size(nbytes)}, loaded to {where}:")
+    instead = f" (not to a GPU: {no_gpu_reason(tensors=True)})" if device == "auto" and where == "cpu" else ""
+    output.line(f"{len(tensors)} tensors, {size(nbytes)}, loaded to {where}{instead}:")
     output.line(f"  {transfer or 'nothing to move'}")
     with output.progress("check every bit") as progress:
         verified = compare_with_safetensors(source, tensors, progress=progress)
@@ -213,7 +215,7 @@ def touch(tensors: dict[str, Any]) -> int:
 
 def speed_table(rows: dict[str, list[dict[str, Any]]], nbytes: int) -> Table:
     """Make the table of both libraries in both states."""
-    table = Table(title="load_file, time until the tensors are there", title_justify="left", pad_edge=False)
+    table = Table(title="load_file, time until the tensors are there", title_justify="left", box=SIMPLE, pad_edge=False)
     for column in ("", "library", "median", "fastest", "slowest", "speed", "how"):
         table.add_column(column, overflow="fold", justify="right" if column in ("median", "speed") else "left")
     for state, both in rows.items():

@@ -81,10 +81,9 @@ def _lines(facts: FileFacts, tensors: dict[str, Any] | None) -> dict[str, str]:
         memory, offset = facts.direct_io
         lines["O_DIRECT"] = f"memory aligned to {memory} bytes, file offsets to {offset}"
     for drive in facts.drives:
-        known = [drive.model or "no model given"]
-        if drive.rotational is not None:
-            # Virtual disks say "rotating" whatever is beneath them.
-            known.append("rotating" if drive.rotational and drive.model else "no rotation reported")
+        known = [drive.model or "no model given, as virtual disks do"]
+        # Virtual disks say "rotating" whatever is beneath them.
+        known += ["rotating"] if drive.rotational and drive.model else []
         known += [f"blocks of {drive.logical_block_size} bytes"] if drive.logical_block_size else []
         known += [f"scheduler {drive.scheduler}"] if drive.scheduler else []
         lines[f"drive {drive.name}"] = ", ".join(known)

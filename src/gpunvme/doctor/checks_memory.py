@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gpunvme.doctor.system import System
 
 _GIB = 2**30
-_RING = 128 * 2**20
+_LEAST = 256 * 2**20
 
 
 def check_memory(system: System) -> list[Finding]:
@@ -31,13 +31,13 @@ def check_memory(system: System) -> list[Finding]:
     if limit is not None and limit < total:
         fact += f"; this control group may use {limit / _GIB:.1f} GiB"
         available = min(available, limit)
-    if available < 2 * _RING:
+    if available < _LEAST:
         return [
             Finding(
                 Level.RED,
                 "memory",
                 fact,
-                cost="the engine's ring (up to 128 MiB) and a destination may not fit; the kernel may kill the process",
+                cost="the engine's page-locked memory and a destination may not fit; the kernel may kill the process",
                 fix="free memory, or raise the control group's limit (docker run --memory, Kubernetes limits.memory)",
             )
         ]

@@ -139,11 +139,8 @@ class _Torch:
         return tensor.set_(self._mapped(nbytes, offset).untyped_storage(), 0, shape)
 
     def _mapped(self, nbytes: int, offset: int) -> Any:
-        import numpy
-
         mapping, skip = _host_memory(nbytes, offset)
-        # Not torch.frombuffer, which a torch.device("meta") context breaks.
-        return self._torch.from_numpy(numpy.frombuffer(mapping, numpy.uint8, nbytes, skip))
+        return self._torch.frombuffer(mapping, dtype=self._torch.uint8, count=nbytes, offset=skip)
 
     def scratch(self, nbytes: int) -> Any:
         if self._device == "cpu":

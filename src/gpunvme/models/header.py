@@ -182,14 +182,15 @@ def _text(raw: bytes, filename: str | None) -> str:
 
 
 class _RefusedError(Exception):
-    """A JSON value that the stdlib parser takes and the format does not."""
+    """A JSON value that the stdlib parser takes and the format does not: its text, and what is wrong with it."""
 
 
 def _decode(text: str, filename: str | None) -> _Object:
     """Decode the header's JSON as serde_json does."""
 
-    def refuse(message: str, position: int) -> NoReturn:
-        raise FormatError(message, filename=filename, offset=8 + len(text[:position].encode())) from None
+    def refuse(message: str, position: int | None) -> NoReturn:
+        offset = None if position is None else 8 + len(text[:position].encode())
+        raise FormatError(message, filename=filename, offset=offset) from None
 
     if _depth(text) > _MAX_DEPTH:
         refuse(f"the header nests more than {_MAX_DEPTH} levels deep", 0)
@@ -202,7 +203,8 @@ def _decode(text: str, filename: str | None) -> _Object:
     except json.JSONDecodeError as error:
         refuse(f"the header is not JSON: {error.msg}", error.pos)
     except _RefusedError as error:
-        refuse(f"the header is not JSON: {error}", max(text.find(str(error).split()[0]), 0))
+        token, problem = error.args
+        refuse(f"the header is not JSON: {token[:40]} {problem}", text.find(token) if text.count(token) == 1 else None)
     except RecursionError:
         refuse("the header nests too deep for the stack that is left", 0)
     if type(value) is not _Object:
@@ -239,29 +241,32 @@ def _float(text: str) -> float:
     """
     match = _NUMBER.fullmatch(text)
     if match is None:
-        raise _RefusedError(f"{text[:40]} is not a number")
-    whole, fraction, power = match.groups()
+        raise _RefusedError(text, "is not a number")
+    whole, fraction, power = match.group(1), match.group(2) or "", match.group(3) or "0"
     significand = exponent = 0
     for position, digit in enumerate(whole):
         if significand * 10 + int(digit) > _MAX_U64:
             exponent = len(whole) - position
             break
         significand = significand * 10 + int(digit)
-    for digit in fraction or "":
+    if not significand:
+        exponent -= len(fraction) - len(fraction.lstrip("0"))
+        fraction = fraction.lstrip("0")
+    for digit in fraction:
         if significand * 10 + int(digit) > _MAX_U64:
             break
         significand = significand * 10 + int(digit)
         exponent -= 1
     # An exponent of more digits than any header has bytes decides alone.
-    digits = (power or "0").lstrip("+-0")[:12] or "0"
-    exponent += -int(digits) if (power or "").startswith("-") else int(digits)
+    digits = power.lstrip("+-0")[:12] or "0"
+    exponent += -int(digits) if power.startswith("-") else int(digits)
     if significand and exponent > 0 and (exponent > 308 or significand * float(f"1e{exponent}") == float("inf")):
-        raise _RefusedError(f"{text[:40]} is out of range")
-    return float(text) if len(text) < 4000 else 0.0  # the value of a float is never used
+        raise _RefusedError(text, "is out of range")
+    return 0.0  # nobody asks for the value
 
 
 def _constant(text: str) -> NoReturn:
-    raise _RefusedError(f"{text} is not a JSON value")
+    raise _RefusedError(text, "is not a JSON value")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_Object, parse_int=_integer, parse_float=_float, parse_constant=_constant)

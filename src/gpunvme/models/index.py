@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from gpunvme import file as files
-from gpunvme.errors import FileError, FormatError
+from gpunvme.errors import FileError, FormatError, MissingFileError
 from gpunvme.models import header
 from gpunvme.models.header import MAX_HEADER_BYTES, TensorInfo
 
@@ -55,7 +55,7 @@ class Checkpoint:
 
     def _add(self, path: str, index: str | None) -> None:
         if index is not None and not os.path.exists(path):
-            raise FileError(errno.ENOENT, f"a shard that the index {index!r} names does not exist", path)
+            raise MissingFileError(errno.ENOENT, f"a shard that the index {index!r} names does not exist", path)
         file = files.open(path)
         self._files.append(file)
         for name, info in header.read(file.fileno(), file.size, path).tensors.items():
@@ -88,7 +88,7 @@ class Checkpoint:
         while self._files:
             self._files.pop().close()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -138,7 +138,7 @@ def _in_directory(directory: Path) -> Path:
 def _all_shards(directory: Path) -> list[Path]:
     paths = sorted(directory.glob("*.safetensors"))
     if not paths:
-        raise FileError(errno.ENOENT, "no *.safetensors in this directory", str(directory))
+        raise MissingFileError(errno.ENOENT, "no *.safetensors in this directory", str(directory))
     parts: dict[tuple[str, str], set[int]] = {}
     for path in paths:
         if match := _PART.fullmatch(path.name):
@@ -169,7 +169,8 @@ def _weight_map(path: Path) -> dict[str, str]:
         with path.open("rb") as stream:
             raw = stream.read(MAX_HEADER_BYTES + 1)
     except OSError as error:
-        raise FileError(error.errno or 0, error.strerror or str(error), filename) from error
+        kind = MissingFileError if isinstance(error, FileNotFoundError) else FileError
+        raise kind(error.errno or 0, error.strerror or str(error), filename) from error
     if len(raw) > MAX_HEADER_BYTES:
         raise FormatError(f"the index is over the limit of {MAX_HEADER_BYTES} bytes", filename=filename)
     try:

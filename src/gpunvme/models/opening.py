@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from gpunvme import file as files
 from gpunvme.errors import FormatError
@@ -109,7 +109,7 @@ class safe_open:  # noqa: N801 - the name that users of the safetensors library 
     def __len__(self) -> int:
         return len(self._open()[1].tensors)
 
-    def __enter__(self) -> safe_open:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -8,7 +8,6 @@ kept elsewhere (default arguments, class attributes, closures) are not touched.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import importlib.util
 import os
@@ -17,9 +16,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
-from gpunvme.errors import FileError, FormatError
+from gpunvme.errors import FormatError
 from gpunvme.models import opening
 from gpunvme.models.safetensors import load_file
 
@@ -44,7 +43,7 @@ class Patch:
                 if not _in_force:
                     _replacements.pop().restore()
 
-    def __enter__(self) -> Patch:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -59,7 +58,7 @@ def patch_safetensors() -> Patch:
     Replaces ``safetensors.safe_open``, ``safetensors.torch.load_file`` and ``safetensors.numpy.load_file`` under
     every module-level name that holds them (see the module's text). Other frameworks than torch and numpy, and other
     devices than the CPU and CUDA, go on to the library as before. Errors are raised as a class that is both a
-    `gpunvme.FormatError` and a ``safetensors.SafetensorError``; a missing file is a `FileNotFoundError`.
+    `gpunvme.FormatError` and a ``safetensors.SafetensorError``.
 
     One difference remains: on the CPU, the library maps the file and its tensors are the page cache; gpunvme's own
     their memory.
@@ -136,10 +135,6 @@ def _as_library(error: type[FormatError]) -> Iterator[None]:
         translated = error.__new__(error, *found.args)  # the message already says where
         translated.filename, translated.offset, translated.tensor = found.filename, found.offset, found.tensor
         raise translated from found
-    except FileError as found:
-        if found.errno == errno.ENOENT:
-            raise FileNotFoundError(found.errno, found.strerror, found.filename) from found
-        raise
 
 
 def _ours(framework: Any, device: Any) -> bool:
@@ -161,7 +156,7 @@ def _loader(original: Any, framework: str, error: type[FormatError]) -> Any:
         if not _ours(framework, device):
             return dict(original(filename, device, **options))
         with _as_library(error):
-            return load_file([filename], device or "cpu", framework=framework)
+            return load_file([filename], "cpu" if device is None else device, framework=framework)
 
     load.__name__ = load.__qualname__ = original.__name__
     load.__doc__ = original.__doc__
@@ -181,7 +176,7 @@ def _opener(original: Any, error: type[FormatError]) -> Any:
 
         def __init__(self, filename: Any, framework: Any, device: Any = "cpu", **options: Any) -> None:
             with _as_library(error):
-                super().__init__(filename, framework, device or "cpu")
+                super().__init__(filename, framework, "cpu" if device is None else device)
 
         def _open(self) -> Any:
             with _as_library(error):

@@ -94,7 +94,7 @@ def load_entries(
     report: Callable[[Transfer], object] | None = None,
 ) -> dict[str, Any]:
     """Load tensors of open files, which are in the order of their offsets; `load_file` says the rest."""
-    dtypes = [adapter.dtype(entry.info, entry.filename) for entry in entries]
+    pairs = [(entry, adapter.dtype(entry.info, entry.filename)) for entry in entries]
     total = sum(entry.info.nbytes for entry in entries)
     tensors: dict[str, Any] = {}
 
@@ -105,7 +105,7 @@ def load_entries(
 
     def parts() -> Iterator[tuple[files.File, int, Any]]:
         # Consumed while earlier parts are already on their way, so allocation costs no time of its own.
-        for entry, dtype in zip(entries, dtypes, strict=True):
+        for entry, dtype in pairs:
             tensor = allocated(entry, dtype, entry.info.nbytes)
             if entry.info.nbytes:
                 yield entry.file, entry.info.offset, tensor
@@ -113,19 +113,22 @@ def load_entries(
     def converted(entry: Entry, dtype: Any) -> bool:
         return target is not None and entry.info.dtype.floating and dtype != target
 
-    stage = sum(entry.info.nbytes for entry, dtype in zip(entries, dtypes, strict=True) if converted(entry, dtype))
+    stage = sum(entry.info.nbytes for entry, dtype in pairs if converted(entry, dtype))
     if not stage:
-        if not total:
-            for _ in parts():  # only empty tensors: nothing moves
-                pass
-        else:
+        transfer = None
+        if len(entries) == 1 and total:  # a tensor at a time, as `safe_open` reads: the shortest way counts
+            file, offset, tensor = next(parts())
+            transfer = file.read_into(tensor, offset, progress=progress)
+        elif total:
             transfer = files.read_many(parts(), progress=progress, total=total)
-            if report is not None:
-                report(transfer)
+        else:
+            tensors.update((entry.info.name, allocated(entry, dtype, 0)) for entry, dtype in pairs)
+        if transfer is not None and report is not None:
+            report(transfer)
         return tensors
 
     staged = _Staged(adapter, stage, total, progress, report)
-    for entry, dtype in zip(entries, dtypes, strict=True):
+    for entry, dtype in pairs:
         if converted(entry, dtype):
             elements = entry.info.nbytes // dtype.itemsize
             staged.convert(entry, dtype, allocated(entry, target, elements * target.itemsize))

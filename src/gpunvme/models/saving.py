@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import mmap
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -16,9 +15,8 @@ from gpunvme.models.dtypes import BY_FRAMEWORK_NAME, Dtype
 from gpunvme.models.header import MAX_HEADER_BYTES
 from gpunvme.replace import Replacement
 
-# Tensors below the first size are packed into a host buffer of the second, so that they are written together.
-_SMALL = 1 << 20
-_PACK = 16 << 20
+# Copies (of arrays that are not contiguous) are written once they add up to this many bytes, and then dropped.
+_COPIES = 64 << 20
 
 
 class _Item(NamedTuple):
@@ -42,7 +40,7 @@ def save_file(
     ----------
     tensors
         ``{name: tensor}``: numpy arrays, and torch tensors on any device, which have to be contiguous.
-        Arrays of numpy that are not contiguous or not little-endian are copied one at a time.
+        numpy arrays that are not contiguous or not little-endian are copied, a few at a time.
     filename
         The file to write or replace.
     metadata
@@ -63,14 +61,7 @@ def save_file(
     items.sort(key=lambda item: (-item.dtype.rank, item.name))
     header = _header(items, metadata, os.fspath(filename))
     with Replacement(filename) as replacement:
-        packer = _Packer(replacement.file, len(header) + sum(item.nbytes for item in items))
-        packer.add(memoryview(header))
-        for item in items:
-            if item.nbytes >= _SMALL:
-                packer.write(_flat(item.tensor))
-            elif item.nbytes:
-                packer.add(_host_bytes(item.tensor))
-        packer.flush()
+        _write(replacement.file, header, items)
 
 
 def _is_torch(tensor: Any) -> bool:
@@ -168,48 +159,33 @@ def _flat(tensor: Any) -> Any:
     return array.reshape(-1).view(numpy.uint8)
 
 
-def _host_bytes(tensor: Any) -> memoryview:
-    flat = _flat(tensor)
-    return memoryview(flat.cpu().numpy() if _is_torch(tensor) else flat)
+def _write(file: files.File, header: bytes, items: list[_Item]) -> None:
+    """Write the header and every tensor: what is on one device in one movement, straight from where it lies."""
+    groups: dict[str, list[tuple[files.File, int, Any]]] = {"cpu": [(file, 0, header)]}
+    position = len(header)
+    copied = 0
+    for item in items:
+        if item.nbytes:
+            flat = _flat(item.tensor)
+            device = str(flat.device) if _is_torch(flat) else "cpu"
+            groups.setdefault(device, []).append((file, position, flat))
+            position += item.nbytes
+            copied += 0 if _shares(flat, item.tensor) else item.nbytes
+        if copied > _COPIES:
+            _write_groups(groups)
+            copied = 0
+    _write_groups(groups)
 
 
-class _Packer:
-    """Writes pieces one after the other: small ones together, large ones straight from where they are."""
+def _write_groups(groups: dict[str, list[tuple[files.File, int, Any]]]) -> None:
+    for parts in groups.values():
+        if parts:
+            files.write_parts(parts)
+            parts.clear()
 
-    def __init__(self, file: files.File, total: int) -> None:
-        import numpy
 
-        self._file = file
-        # A mapping starts on a page; positions in it follow positions in the file, so that O_DIRECT can be used.
-        self._memory = mmap.mmap(-1, min(_PACK, -(-total // 4096) * 4096 + 4096))
-        self._array = numpy.frombuffer(self._memory, numpy.uint8)
-        self._begin = 0  # where what is packed starts in the buffer
-        self._end = 0
-        self._position = 0  # where that goes in the file
-
-    def add(self, piece: memoryview) -> None:
-        """Pack host bytes."""
-        done = 0
-        while done < len(piece):
-            room = min(len(self._array) - self._end, len(piece) - done)
-            self._memory[self._end : self._end + room] = piece[done : done + room]
-            self._end += room
-            done += room
-            if self._end == len(self._array):
-                self.flush()
-
-    def write(self, piece: Any) -> None:
-        """Write a large piece from where it is."""
-        self.flush()
-        self._file.write_from(piece, offset=self._position)
-        self._advance(len(piece))
-
-    def flush(self) -> None:
-        """Write what is packed."""
-        if self._end > self._begin:
-            self._file.write_from(self._array[self._begin : self._end], offset=self._position)
-            self._advance(self._end - self._begin)
-
-    def _advance(self, nbytes: int) -> None:
-        self._position += nbytes
-        self._begin = self._end = self._position % 4096
+def _shares(flat: Any, tensor: Any) -> bool:
+    """Whether ``flat`` is the tensor's own memory and not a copy."""
+    if _is_torch(flat):
+        return bool(flat.data_ptr() == tensor.data_ptr())
+    return bool(flat.__array_interface__["data"][0] == tensor.__array_interface__["data"][0])

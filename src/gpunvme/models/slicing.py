@@ -57,14 +57,12 @@ def parse(index: Any, shape: tuple[int, ...]) -> Selection | None:
         A slice's step is not positive, as in torch and in the safetensors library.
     """
     items = index if isinstance(index, tuple) else (index,)
-    if not all(_basic(item) for item in items):
+    ellipses = sum(item is Ellipsis for item in items)
+    if ellipses > 1 or not all(_basic(item) for item in items):
         return None
     given = sum(item is not None and item is not Ellipsis for item in items)
     if given > len(shape):
         raise IndexError(f"{given} indices for a tensor of {len(shape)} dimensions")
-    ellipses = sum(item is Ellipsis for item in items)
-    if ellipses > 1:
-        raise IndexError("an index has at most one ellipsis")
     if not ellipses:
         items = (*items, Ellipsis)
     axes: list[Axis] = []
@@ -137,7 +135,10 @@ class _Reader:
     def read(self, out: Any) -> None:
         """Fill ``out``, which is contiguous and has one dimension for each axis."""
         self._block(0, self._entry.info.offset, out.reshape(-1))
-        if self._parts:
+        if len(self._parts) == 1:  # the most common index: some rows
+            file, offset, part = self._parts[0]
+            file.read_into(part, offset)
+        elif self._parts:
             files.read_many(self._parts)
 
     def _block(self, dimension: int, offset: int, out: Any) -> None:
@@ -189,7 +190,7 @@ class _Reader:
             count = min(at_once, axis.size - first)
             covered = (count - 1) * axis.step + 1
             piece = self._staging(covered * row)
-            files.read_many([(self._entry.file, offset + (axis.start + first * axis.step) * row, piece)])
+            self._entry.file.read_into(piece, offset + (axis.start + first * axis.step) * row)
             values = piece.view(self._dtype).reshape((covered, *self._shape[dimension + 1 :]))
             rows[first : first + count] = values[wanted]
             self._adapter.finish()  # the copy has read the staging memory, which the next piece goes into

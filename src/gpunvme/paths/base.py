@@ -60,12 +60,10 @@ class Path(Protocol):
     name: str
 
     def verdict(self, file: _native.SourceFile, device: Device) -> Verdict:
-        """Can it carry bytes between this file and this device, and if not why?"""
+        """Say whether it can carry bytes between this file and this device, and if not why."""
 
     def speed(self, file: _native.SourceFile, device: Device) -> float | None:
         """Bytes per second that it was seen to reach there in this process, or None."""
 
     def begin(self, order: Order) -> OpenMovement:
         """Carry: begin a transfer."""
-
-

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpunvme import _native
+from gpunvme.errors import Cancelled
 from gpunvme.memory import Device, Span, address_of
 from gpunvme.paths.base import OpenMovement, Order, Part, Verdict
 from gpunvme.transfer import Report, error_from_native, format_bytes, raise_native
 
-_SMALL = 128 << 10
+_SMALL = 64 << 10  # as in the engine, small_read.h
+
+_ending = False
+_waiting: set[int] = set()  # threads in the engine's wait
+
+
+def _end() -> None:
+    # The interpreter is about to free the memory that workers read into, and to end the daemon threads that wait for
+    # them: one that is still inside the engine then takes the process down with it.
+    global _ending
+    _ending = True
+    _native.shutdown()
+    give_up = time.monotonic() + 1
+    while _waiting and time.monotonic() < give_up:
+        time.sleep(0.001)
+
+
+atexit.register(_end)
+os.register_at_fork(after_in_child=_waiting.clear)
 
 
 class HostPath:
@@ -37,8 +59,8 @@ class HostPath:
         refusal = file.direct_refusal
         how += f", others read through it ({refusal})" if refusal else ", others read O_DIRECT"
         if not refusal:
-            ring = _native.io_uring_reason()
-            how += f" by threads ({ring})" if ring else " by io_uring"
+            why_threads = _why_threads()
+            how += f" by threads ({why_threads})" if why_threads else " by io_uring"
         if device.is_gpu:
             how += "; through page-locked host memory and the copy engine"
         return Verdict(self.name, True, how)
@@ -51,13 +73,21 @@ class HostPath:
         """Begin a transfer."""
         return HostMovement(self, order)
 
-    def small_read(self, part: Part) -> Report | None:
-        """Read a little cached data into host memory at once; None if this has to be a transfer."""
-        if part.span.device.is_gpu or part.span.nbytes > _SMALL:
+    def small_read(self, part: Part, stream: int | None) -> Report | None:
+        """Read a little cached data at once, in this thread; None if this has to be a transfer."""
+        file, offset, span = part
+        if span.nbytes > _SMALL:
             return None
-        if not _native.small_read(part.file, part.offset, part.span.nbytes, part.span.ptr):
-            return None
-        return Report(self.name, "copied from the page cache by the calling thread", 0.0, 0, part.span.nbytes)
+        start = time.perf_counter()
+        try:
+            if not _native.small_read(file, offset, span.nbytes, span.device.native, stream or 0, span.ptr):
+                return None
+        except _native.Failure as failure:
+            raise_native(failure)
+        seconds = time.perf_counter() - start
+        bounced = span.nbytes if span.device.is_gpu else 0
+        how = "copied from the page cache by the calling thread"
+        return Report(self.name, how, seconds, 0, span.nbytes, 0, bounced)
 
     def note_speed(self, file: _native.SourceFile, device: Device, report: Report) -> None:
         """Remember how fast a transfer was, if it was large enough to tell."""
@@ -72,6 +102,8 @@ class HostMovement:
         self._path = path
         self._order = order
         self._files: dict[_native.SourceFile, int] = {}
+        if _ending and threading.current_thread() is not threading.main_thread():
+            raise Cancelled("the interpreter is ending")
         try:
             self._job = _native.Job.make(order.write, order.device.native, order.stream, order.timeout)
         except _native.Failure as failure:
@@ -103,10 +135,14 @@ class HostMovement:
 
     def wait(self, seconds: float) -> bool:
         """Wait for the end at most so long."""
+        thread = threading.get_ident()
+        _waiting.add(thread)
         try:
             done = self._job.wait(seconds)
         except _native.Failure as failure:
             raise_native(failure)
+        finally:
+            _waiting.discard(thread)
         if done and self._files and self._job.failure() is None:
             self._path.note_speed(next(iter(self._files)), self._order.device, self.report())
         return done
@@ -139,7 +175,10 @@ class HostMovement:
 
     def _reason(self, counted: _native.JobReport) -> str:
         write = self._order.write
-        how = "io_uring" if counted["io_uring"] else "threads, io_uring was refused"
+        how = "io_uring"
+        if counted["io_threads"]:
+            how = f"threads ({_why_threads() or 'io_uring was refused'})"
+            how = f"io_uring and {how}" if counted["io_uring"] else how
         said = []
         if counted["cached_bytes"]:
             amount = format_bytes(counted["cached_bytes"])
@@ -157,3 +196,8 @@ class HostMovement:
         elif counted["bounced_bytes"]:
             said.append(f"{format_bytes(counted['bounced_bytes'])} through aligned memory")
         return ", ".join(said) if said else "nothing was moved"
+
+
+def _why_threads() -> str:
+    """Why O_DIRECT requests are made by threads; "" where io_uring makes them."""
+    return "GPUNVME_IO=threads" if os.environ.get("GPUNVME_IO") == "threads" else _native.io_uring_reason()
