@@ -68,7 +68,7 @@ native-plain native-asan native-tsan: native-%: $(VENV)/prepared
 
 # The Python tests run against the libcuda that the plain native build leaves.
 pytest: export GPUNVME_FAKE_LIBCUDA := $(CURDIR)/build/plain/libcuda_fake.so
-pytest: setup native-plain  ## the Python tests
+pytest: setup $(VENV)/demo-checkpoint native-plain  ## the Python tests
 	$(BIN)/python -m pytest
 
 # --- reading and writing

@@ -9,7 +9,9 @@
 
 namespace gpunvme {
 
-class SourceFile {
+// enable_shared_from_this: then a Python object and the engine share one count, and the last owner, which may be a
+// worker, never needs the interpreter.
+class SourceFile : public std::enable_shared_from_this<SourceFile> {
  public:
   // Gathers count hits and populate their mapping by regions of this many bytes.
   static constexpr std::uint64_t kRegion = 2u << 20;

@@ -33,17 +33,12 @@ void Worker::copy_to_device(Operation& operation) {
     return begin_copying(operation, to);
   }
   const auto [first, last] = piece.extent->overlap(piece.begin, piece.end);
-  for (const Segment* segment = first; segment != last;) {
+  // One copy a segment, even where neighbours adjoin: they may be different allocations, which no copy may span.
+  for (const Segment* segment = first; segment != last; ++segment) {
     const std::uint64_t begin = std::max(piece.begin, segment->offset);
-    std::uint64_t end = segment->offset + segment->nbytes;
-    const CUdeviceptr address = segment->address + (begin - segment->offset);
-    // Segments that adjoin in the file and in memory go in one copy.
-    for (++segment; segment != last && segment->offset == end && segment->address == address + (end - begin);
-         ++segment) {
-      end += segment->nbytes;
-    }
-    end = std::min(end, piece.end);
-    cuda_check(cuda().MemcpyHtoDAsync(address, operation.slot + (begin - operation.slot_begin), end - begin, to.stream),
+    const std::uint64_t end = std::min(piece.end, segment->offset + segment->nbytes);
+    cuda_check(cuda().MemcpyHtoDAsync(segment->address + (begin - segment->offset),
+                                      operation.slot + (begin - operation.slot_begin), end - begin, to.stream),
                "cuMemcpyHtoDAsync");
   }
   begin_copying(operation, to);

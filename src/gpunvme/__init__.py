@@ -19,14 +19,15 @@ from gpunvme.errors import (
     SpanError,
     TruncatedError,
 )
-from gpunvme.file import File, open, read_many
+from gpunvme.file import File, open
+from gpunvme.many import read_many
 from gpunvme.memory import Buffer, Device, Span
 from gpunvme.paths.base import Verdict
 from gpunvme.transfer import Transfer
 
 if TYPE_CHECKING:
-    from gpunvme.models.patch import patch_safetensors
     from gpunvme.models.opening import safe_open
+    from gpunvme.models.patch import patch_safetensors
     from gpunvme.models.safetensors import load_file
     from gpunvme.models.saving import save_file
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from errno import EIO
+
 
 class Error(Exception):
     """Base of every error that gpunvme raises on purpose."""
@@ -42,6 +44,16 @@ class AccessDeniedError(FileError, PermissionError):
 
 class TruncatedError(FileError):
     """A file ended before the bytes that it had when it was opened."""
+
+
+def file_error(error: OSError, what: str, filename: str, offset: int | None = None) -> FileError:
+    """Make the `FileError` for an `OSError` of the interpreter's."""
+    kind = FileError
+    if isinstance(error, FileNotFoundError):
+        kind = MissingFileError
+    elif isinstance(error, PermissionError):
+        kind = AccessDeniedError
+    return kind(error.errno or EIO, f"{what}: {error.strerror}", filename, offset)
 
 
 class FormatError(Error, ValueError):

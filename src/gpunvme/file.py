@@ -1,33 +1,28 @@
-"""`File`: what people open; `read_many`: what checkpoints stand on. Arguments are checked before anything moves."""
+"""`File`: what people open. Arguments are checked before anything moves."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import operator
 import os
-import stat
-import time
-from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpunvme import _native
+from gpunvme.arguments import checked_span, offsets_array
 from gpunvme.errors import FileError, RangeError, SpanError
+from gpunvme.many import carry
 from gpunvme.memory import CPU, Buffer, Device, Span, check_gpu_span, span_of, stream_handle
-from gpunvme.paths.base import OpenMovement, Order, Part, Path
+from gpunvme.opening import fsync_file, open_descriptor, open_path
+from gpunvme.paths.base import Order, Part, Path
 from gpunvme.paths.choose import HOST, Explanation, choose, explain
 from gpunvme.replace import Replacement
 from gpunvme.transfer import Progress, Transfer, raise_native
 
 # Reads larger than this are ordinary parts of a transfer, one by one; smaller ones are packed (engine, job.h).
 _LARGEST_GATHERED = 512 << 10
-# Parts are handed to the engine in batches: large enough to be read as large ranges, small enough that the first
-# ones move while the memory of the last ones is not even allocated.
-_BATCH_BYTES = 256 << 20
-_BATCH_PARTS = 4096
 _LARGEST_FILE = 2**63 - 1
 
 
@@ -69,10 +64,11 @@ class File:
         self.last_transfer: Transfer | None = None
         if isinstance(source, int):
             self._name = f"<file descriptor {source}>"
-            self._native = _open_descriptor(source, self._name, mode)
+            self._native = open_descriptor(source, self._name, mode)
         else:
-            self._path_name = self._name = os.fspath(source)
-            self._native = _open_path(self._name, mode)
+            self._name = os.fspath(source)
+            self._path_name = os.path.abspath(self._name)  # for atomic writes, wherever the process goes meanwhile
+            self._native = open_path(self._name, mode)
         if path != "auto":
             choose(self._native, CPU, path)  # a path that does not exist is an error now
 
@@ -175,13 +171,13 @@ class File:
             If it fails on the way; the destination's content is then undefined.
         """
         offset = operator.index(offset)
-        span = _checked(destination, offset, nbytes, writable=True)
+        span = checked_span(destination, offset, nbytes, writable=True)
         self._check_range(offset, span.nbytes)
         path = self._path(span.device)
         order = Order(False, span.device, stream_handle(stream, destination, span.device), timeout)
+        if span.device.is_gpu:
+            check_gpu_span(span, destination)
         if wait and path is HOST:
-            if span.device.is_gpu:
-                check_gpu_span(span)
             report = HOST.small_read(Part(self._file, offset, span), order.stream)
             if report is not None:
                 if progress is not None:
@@ -244,7 +240,7 @@ class File:
         nbytes = operator.index(nbytes)
         if nbytes <= 0:
             raise RangeError(f"nbytes is {nbytes}: each read must have at least one byte")
-        places = _offsets(offsets)
+        places = offsets_array(offsets)
         self._check_places(places, nbytes)
         total = len(places) * nbytes
         if out is None:
@@ -256,7 +252,7 @@ class File:
             raise SpanError(f"out has {span.nbytes} bytes; {len(places)} reads of {nbytes} bytes need {total}")
         span = span.part(0, total)
         if span.device.is_gpu:
-            check_gpu_span(span)
+            check_gpu_span(span, out)
         order = Order(False, span.device, stream_handle(stream, out, span.device), timeout)
         movement = self._path(span.device).begin(order)
 
@@ -266,7 +262,7 @@ class File:
             elif len(places):
                 movement.add_gather(file, places, nbytes, span)
 
-        self.last_transfer = _carry(movement, order, total, (file, span, places), True, progress, add)
+        self.last_transfer = carry(movement, order, total, (file, span, places), True, progress, add)
         return out
 
     def write_from(
@@ -312,13 +308,15 @@ class File:
             return self._replace(source, offset, nbytes, stream, wait, progress, timeout)
         file = self._file
         offset = operator.index(offset)
-        span = _checked(source, offset, nbytes, writable=False)
+        span = checked_span(source, offset, nbytes, writable=False)
         if offset + span.nbytes > _LARGEST_FILE:
             raise RangeError(f"no file can have {offset + span.nbytes} bytes")
         if not file.writable:
-            raise FileError(9, "the file is open for reading only; use mode 'r+' or 'w'", self._name)
+            raise FileError(errno.EBADF, "the file is open for reading only; use mode 'r+' or 'w'", self._name)
         path = self._path(span.device)
         order = Order(True, span.device, stream_handle(stream, source, span.device), timeout)
+        if span.device.is_gpu:
+            check_gpu_span(span, source)
         old_size = self.size
         try:
             file.reserve(offset, span.nbytes)
@@ -330,7 +328,7 @@ class File:
             if not success:
                 self._cut_back(old_size, file)
             elif fsync:
-                _fsync(file.fileno(), self._name)
+                fsync_file(file.fileno(), self._name)
 
         try:
             return self._move(path, order, offset, span, wait, progress, on_done)
@@ -352,12 +350,12 @@ class File:
         if self._path_name is None:
             raise ValueError("atomic=True needs a file that was opened by its path")
         if self._mode == "r":
-            raise FileError(9, "the file is open for reading only; use mode 'r+' or 'w'", self._name)
+            raise FileError(errno.EBADF, "the file is open for reading only; use mode 'r+' or 'w'", self._name)
         if offset != 0 or not wait:
             raise ValueError("atomic=True replaces the whole file at once: offset must be 0 and wait True")
         with Replacement(self._path_name) as replacement:
             transfer = replacement.file.write_from(source, 0, nbytes, stream=stream, progress=progress, timeout=timeout)
-        self._native = _open_path(self._path_name, "r+")
+        self._native = open_path(self._path_name, "r+")
         return transfer
 
     def _move(
@@ -370,16 +368,16 @@ class File:
         progress: Progress | None,
         on_done: Any = None,
     ) -> Transfer:
-        if order.device.is_gpu:
-            check_gpu_span(span)
         part = Part(self._file, offset, span)
         movement = path.begin(order)
-        return _carry(movement, order, span.nbytes, part, wait, progress, lambda: movement.add([part]), on_done)
+        return carry(movement, order, span.nbytes, part, wait, progress, lambda: movement.add([part]), on_done)
 
     def _check_range(self, offset: int, nbytes: int) -> None:
-        size = self.size
-        if offset < 0 or nbytes < 0 or offset + nbytes > size:
-            raise RangeError(f"{self._name!r} has {size} bytes; bytes {offset} to {offset + nbytes} were asked for")
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise self._out_of_range(offset, nbytes)
+
+    def _out_of_range(self, offset: int, nbytes: int) -> RangeError:
+        return RangeError(f"{self._name!r} has {self.size} bytes; bytes {offset} to {offset + nbytes} were asked for")
 
     def _check_places(self, places: NDArray[np.int64], nbytes: int) -> None:
         if not len(places):
@@ -397,202 +395,3 @@ class File:
         file = self._file if file is None else file
         if not file.is_block_device and file.size() > size:
             os.ftruncate(file.fileno(), size)
-
-
-def read_many(
-    parts: Iterable[tuple[File, int, Any]],
-    *,
-    stream: Any = None,
-    wait: bool = True,
-    progress: Progress | None = None,
-    total: int | None = None,
-    timeout: float | None = None,
-) -> Transfer:
-    """Read many ranges of one or more files into many destinations, as one transfer.
-
-    Parameters
-    ----------
-    parts
-        ``(file, offset, destination)`` each; the destination's size says how much. Taken lazily while earlier parts
-        are moving already, so a generator may allocate as it goes. All destinations are on one device. Parts that
-        follow each other in a file are read as large ranges.
-    stream, wait, progress, timeout
-        As for `File.read_into`.
-    total
-        Bytes in all, for ``progress`` while parts are still being taken.
-
-    Raises
-    ------
-    RangeError, SpanError
-        For a bad part; what was started before it is stopped first.
-    FileError, TruncatedError, CudaError, DeadlineExceeded, Cancelled
-        As for `File.read_into`.
-    """
-    movement: OpenMovement | None = None
-    order: Order | None = None
-    keep: list[Any] = []
-    batch: list[Part] = []
-    moving = queued = 0
-    try:
-        for file, start, destination in parts:
-            offset = operator.index(start)
-            span = _checked(destination, offset, None, writable=True)
-            file._check_range(offset, span.nbytes)
-            if movement is None or order is None:
-                order = Order(False, span.device, stream_handle(stream, destination, span.device), timeout)
-                movement = file._path(span.device).begin(order)
-            elif span.device != order.device:
-                raise SpanError(f"all destinations must be on one device; got {order.device} and {span.device}")
-            if span.device.is_gpu:
-                check_gpu_span(span)
-            batch.append(Part(file._file, offset, span))
-            keep.append(batch[-1])
-            queued += span.nbytes
-            if queued >= _BATCH_BYTES or len(batch) >= _BATCH_PARTS:
-                movement.add(batch)
-                moving, queued, batch = moving + queued, 0, []
-                if progress is not None:
-                    progress(movement.report().moved_bytes, moving if total is None else total)
-        if movement is None or order is None:
-            order = Order(False, CPU)
-            movement = HOST.begin(order)
-        movement.add(batch)
-        moving += queued
-    except BaseException:
-        if movement is not None:
-            movement.cancel()
-            movement.wait(5.0)
-            # What does not come back in time stays alive with the transfer.
-            Transfer(movement, moving, keep=keep)
-        raise
-    return _carry(movement, order, moving, keep, wait, progress)
-
-
-def _carry(
-    movement: OpenMovement,
-    order: Order,
-    nbytes: int,
-    keep: object,
-    wait: bool,
-    progress: Progress | None,
-    add: Callable[[], None] | None = None,
-    on_done: Callable[[bool], None] | None = None,
-) -> Transfer:
-    deadline = None if order.timeout is None else time.monotonic() + order.timeout
-    # Before anything is added: from then on it keeps the memory alive, whatever is raised in between.
-    transfer = Transfer(movement, nbytes, keep=keep, progress=progress, deadline=deadline, on_done=on_done)
-    try:
-        if add is not None:
-            add()
-        movement.seal()
-    except BaseException:
-        movement.cancel()
-        movement.wait(5.0)
-        raise
-    return transfer.wait() if wait else transfer
-
-
-def _checked(memory: Any, offset: int, nbytes: int | None, *, writable: bool) -> Span:
-    if offset < 0:
-        raise RangeError(f"offset {offset} is negative")
-    span = span_of(memory, writable=writable)
-    if nbytes is None:
-        return span
-    nbytes = operator.index(nbytes)
-    if nbytes < 0 or nbytes > span.nbytes:
-        what = "destination" if writable else "source"
-        raise SpanError(f"the {what} has {span.nbytes} bytes; {nbytes} were asked for")
-    return span.part(0, nbytes)
-
-
-def _offsets(offsets: Any) -> NDArray[np.int64]:
-    if hasattr(offsets, "detach"):  # torch, on any device
-        offsets = offsets.detach().cpu().numpy()
-    elif hasattr(offsets, "__cuda_array_interface__"):  # CuPy and its like
-        offsets = offsets.get()
-    array = np.asarray(offsets)
-    if array.ndim != 1:
-        raise TypeError(f"offsets must have one dimension, not shape {array.shape}")
-    if array.size == 0:
-        return np.empty(0, np.int64)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"offsets must be integers, not {array.dtype}")
-    if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
-        raise RangeError(f"offset {array.max()} is beyond the end of any file")
-    # A copy: nothing may change them while they are used.
-    return np.array(array, np.int64, order="C")
-
-
-def _open_path(name: str, mode: str) -> _native.SourceFile:
-    if b"\0" in os.fsencode(name):
-        raise ValueError("embedded null byte")
-    try:
-        if mode != "r" and stat.S_ISBLK(os.stat(name).st_mode):
-            raise FileError(1, "this release does not write to block devices", name)
-    except OSError as error:
-        if isinstance(error, FileError):
-            raise
-        # The engine says what is wrong with the name.
-    try:
-        return _native.SourceFile.open(os.fsencode(name), mode)
-    except _native.Failure as failure:
-        raise_native(failure)
-
-
-def _open_descriptor(fd: int, name: str, mode: str) -> _native.SourceFile:
-    again = None
-    try:
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-        if flags & os.O_ACCMODE == os.O_WRONLY:
-            raise FileError(errno.EBADF, f"mode {mode!r} needs a descriptor that is open for reading", name)
-        if flags & (os.O_APPEND | os.O_DIRECT):
-            # Appending descriptors write elsewhere than they are told to; O_DIRECT ones refuse what is not aligned.
-            again = os.open(f"/proc/self/fd/{fd}", flags & os.O_ACCMODE | os.O_CLOEXEC)
-        file = _native.SourceFile.from_descriptor(fd if again is None else again, os.fsencode(name))
-    except _native.Failure as failure:
-        raise_native(failure)
-    except OSError as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(error.errno or 5, f"cannot use the file descriptor: {error.strerror}", name) from None
-    finally:
-        if again is not None:
-            os.close(again)
-    if mode != "r" and not file.writable:
-        raise FileError(9, f"mode {mode!r} needs a descriptor that is open for reading and writing", name)
-    if mode != "r" and file.is_block_device:
-        raise FileError(1, "this release does not write to block devices", name)
-    if mode == "w":
-        os.ftruncate(fd, 0)
-    return file
-
-
-def _fsync(fd: int, name: str) -> None:
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        raise FileError(error.errno or 5, f"fsync: {error.strerror}", name) from None
-
-
-def write_parts(parts: Sequence[tuple[File, int, Any]]) -> Transfer:
-    """Write many ranges of memory on one device to files, as one transfer.
-
-    Neighbours in a file are packed and written together. Unlike `File.write_from`, files are not cut back when it
-    fails; this is for files that are replaced as a whole.
-    """
-    batch: list[Part] = []
-    device = CPU
-    stream: int | None = None
-    for number, (file, offset, source) in enumerate(parts):
-        span = _checked(source, offset, None, writable=False)
-        if number == 0:
-            device, stream = span.device, stream_handle(None, source, span.device)
-        elif span.device != device:
-            raise SpanError(f"all sources must be on one device; got {device} and {span.device}")
-        if span.device.is_gpu:
-            check_gpu_span(span)
-        batch.append(Part(file._file, offset, span))
-    order = Order(True, device, stream)
-    movement = (parts[0][0]._path(device) if parts else HOST).begin(order)
-    nbytes = sum(part.span.nbytes for part in batch)
-    return _carry(movement, order, nbytes, (batch, parts), True, None, lambda: movement.add(batch))

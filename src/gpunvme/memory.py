@@ -72,7 +72,7 @@ class Device(NamedTuple):
 CPU = Device("cpu", 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that costs two microseconds for each of thousands of tensors
 class Span:
     """A contiguous range of memory.
 
@@ -98,7 +98,7 @@ class Span:
 
     def __post_init__(self) -> None:
         if type(self.device) is not Device:
-            object.__setattr__(self, "device", Device.parse(self.device))
+            self.device = Device.parse(self.device)
         if self.nbytes < 0 or self.ptr < 0 or (self.ptr == 0 and self.nbytes > 0):
             raise SpanError(f"{self.nbytes} bytes at address {self.ptr:#x} is no range of memory")
 
@@ -256,8 +256,15 @@ def span_of(memory: Any, *, writable: bool) -> Span:
     return span
 
 
-def check_gpu_span(span: Span) -> None:
+def check_gpu_span(span: Span, memory: Any) -> None:
     """Check with the CUDA driver that a span lies in one allocation on the GPU that it names.
+
+    Parameters
+    ----------
+    span
+        The span.
+    memory
+        What it was made of. A torch tensor is taken at its word: checking thousands of them costs milliseconds.
 
     Raises
     ------
@@ -266,6 +273,9 @@ def check_gpu_span(span: Span) -> None:
     SpanError
         If the memory is elsewhere or ends sooner.
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(memory, torch.Tensor):
+        return
     reason = _native.cuda_unavailable_reason()
     if reason:
         raise CudaError(f"{span.device} cannot be used: {reason}")

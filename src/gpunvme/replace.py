@@ -10,7 +10,7 @@ import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from gpunvme.errors import FileError
+from gpunvme.errors import FileError, file_error
 
 if TYPE_CHECKING:
     from gpunvme.file import File
@@ -24,13 +24,21 @@ class Replacement:
     exception it is removed, and the target is untouched. An existing target's permissions are kept; a symbolic link
     is followed.
 
+    Parameters
+    ----------
+    path
+        The target, which need not exist.
+    sync
+        Whether to fsync. If not, a crash of the machine soon after may leave an empty or partial file.
+
     Raises
     ------
     FileError
         If the temporary file cannot be made, or if fsync or rename fail.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, sync: bool = True) -> None:
+        self._sync = sync
         self._target = os.path.realpath(os.fspath(path))
         self._directory, name = os.path.split(self._target)
         start = os.fsdecode(os.fsencode(name)[:200])  # a name has at most 255 bytes
@@ -47,7 +55,8 @@ class Replacement:
         return self._file
 
     def __enter__(self) -> Self:
-        from gpunvme.file import File, _open_descriptor
+        from gpunvme.file import File
+        from gpunvme.opening import open_descriptor
 
         try:
             existing = os.stat(self._target)
@@ -59,13 +68,13 @@ class Replacement:
             # O_EXCL: never write into a file that somebody else made.
             fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise FileError(error.errno or 5, f"cannot write beside it: {error.strerror}", self._target) from None
+            raise file_error(error, "cannot write beside it", self._target) from None
         try:
             if existing is not None:
                 os.fchmod(fd, stat.S_IMODE(existing.st_mode))
             self._file = File(fd, "r+")
             self._file._name = self._target
-            self._file._native = _open_descriptor(fd, self._target, "r+")  # errors name the target too
+            self._file._native = open_descriptor(fd, self._target, "r+")  # errors name the target too
         except BaseException:
             self._remove()
             raise
@@ -81,7 +90,7 @@ class Replacement:
                 self._put_in_place()
         except OSError as failure:
             self._remove()
-            raise FileError(failure.errno or 5, f"cannot replace: {failure.strerror}", self._target) from None
+            raise file_error(failure, "cannot replace", self._target) from None
         except BaseException:
             self._remove()
             raise
@@ -93,8 +102,11 @@ class Replacement:
                 self._file.close()
 
     def _put_in_place(self) -> None:
-        os.fsync(self.file.fileno())
+        if self._sync:
+            os.fsync(self.file.fileno())
         os.rename(self._temporary, self._target)
+        if not self._sync:
+            return
         directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(directory)

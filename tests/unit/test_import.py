@@ -20,9 +20,12 @@ print(json.dumps([sorted(set(sys.modules) - before), mapped]))
 OURS = {
     "gpunvme",
     "gpunvme._native",
+    "gpunvme.arguments",
     "gpunvme.errors",
     "gpunvme.file",
+    "gpunvme.many",
     "gpunvme.memory",
+    "gpunvme.opening",
     "gpunvme.paths",
     "gpunvme.paths.absent",
     "gpunvme.paths.base",

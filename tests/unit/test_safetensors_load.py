@@ -17,6 +17,7 @@ import pytest
 
 import safetensors_cases as cases
 from gpunvme import file as files
+from gpunvme import many as movements
 from gpunvme.errors import FileError, FormatError, SpanError
 from gpunvme.models import frameworks, load_file, safetensors, save_file
 
@@ -184,7 +185,7 @@ def test_one_movement_carries_all(
 ) -> None:
     path = checkpoint(tmp_path / "model.safetensors", tensors)
     made: list[list[tuple[str, int]]] = []
-    real = files.read_many
+    real = movements.read_many
 
     def read_many(parts: Any, **options: Any) -> Any:
         made.append([])
@@ -196,7 +197,7 @@ def test_one_movement_carries_all(
 
         return real(seen(), **options)
 
-    monkeypatch.setattr(files, "read_many", read_many)
+    monkeypatch.setattr(movements, "read_many", read_many)
     reports: list[Any] = []
     found = load_file(path, framework="np", report=reports.append)
     assert len(found) == len(tensors)

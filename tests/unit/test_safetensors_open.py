@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpunvme import file as files
+from gpunvme import many as movements
 from gpunvme.errors import FileError, FormatError, SpanError
 from gpunvme.models import safe_open, save_file, slicing
 
@@ -65,7 +66,7 @@ def test_the_librarys_documented_examples(path: Path) -> None:
 
 def test_only_the_header_is_read_to_open(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.File, "read_into", None)
-    monkeypatch.setattr(files, "read_many", None)
+    monkeypatch.setattr(movements, "read_many", None)
     with safe_open(path, "np") as file:
         assert file.get_slice("a").get_shape() == [4, 6]
 
@@ -173,7 +174,7 @@ def test_other_indices_are_the_frameworks_own(path: Path, index: Any) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Record (offset, bytes) of everything that is read."""
     seen: list[tuple[int, int]] = []
-    one, many = files.File.read_into, files.read_many
+    one, many = files.File.read_into, movements.read_many
 
     def read_into(self: Any, destination: Any, offset: int = 0, *args: Any, **options: Any) -> Any:
         seen.append((offset, destination.nbytes))
@@ -185,7 +186,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return many(parts, **options)
 
     monkeypatch.setattr(files.File, "read_into", read_into)
-    monkeypatch.setattr(files, "read_many", read_many)
+    monkeypatch.setattr(movements, "read_many", read_many)
     return seen
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gpunvme import file as files
+from gpunvme import many as movements
 from gpunvme.errors import FileError, FormatError, SpanError
 from gpunvme.models import load_file, save_file, saving
 
@@ -159,7 +159,7 @@ def test_an_error_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(parts: Any) -> Any:
         raise FileError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(files, "write_parts", full)
+    monkeypatch.setattr(movements, "write_parts", full)
     with pytest.raises(FileError, match="No space"):
         save_file({"a": np.zeros(1 << 20)}, path)
     assert path.read_bytes() == old

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from gpunvme.file import File
-    from gpunvme.replace import Replacement
     from gpunvme.transfer import Transfer
 
 CHUNK = 32 << 20
@@ -44,13 +43,14 @@ def copy(
     Holes stay holes and mode bits are kept. Memory used: 64 MiB.
     """
     import gpunvme
+    from gpunvme.replace import Replacement
 
     output = Output(as_json=json)
     _refuse(src, dst, force=force)
     start = time.perf_counter()
     compared: dict[str, Any] | None = None
     with gpunvme.open(src) as source:
-        with _replacement(dst, fsync=fsync) as replacement:
+        with Replacement(dst, sync=fsync) as replacement:
             status = os.stat(source.fileno())
             mode = stat.S_IMODE(status.st_mode) if stat.S_ISREG(status.st_mode) else 0o600
             # A private file must not be readable by others while it is copied.
@@ -89,17 +89,6 @@ def copy(
         if memory:
             facts["verified"] += f", {size(memory)} that would not leave the page cache"
     output.facts(facts)
-
-
-def _replacement(path: str, *, fsync: bool) -> Replacement:
-    """Return what puts the copy in the place of ``path`` at its end."""
-    from gpunvme.replace import Replacement
-
-    class Unsynced(Replacement):
-        def _put_in_place(self) -> None:
-            os.rename(self._temporary, self._target)
-
-    return Replacement(path) if fsync else Unsynced(path)
 
 
 def _refuse(src: str, dst: str, *, force: bool) -> None:

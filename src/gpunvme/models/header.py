@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from gpunvme.errors import FileError, FormatError, TruncatedError
 from gpunvme.models.dtypes import DTYPES, Dtype
+from gpunvme.models.plain_header import Entry, plain_entries
 
 MAX_HEADER_BYTES = 100_000_000
 _MAX_DEPTH = 127  # serde_json refuses the 128th open bracket
@@ -121,7 +122,8 @@ def parse(data: bytes, size: int, filename: str | None = None) -> Header:
     """
     nbytes = _header_bytes(data[:8], size, filename)
     text = _text(data[8 : 8 + nbytes], filename)
-    tensors, metadata = _entries(_decode(text, filename), filename)
+    found = plain_entries(text)
+    tensors, metadata = found if found is not None else _entries(_decode(text, filename), filename)
     end = _check_layout(tensors, filename)
     start = 8 + nbytes
     if start + end != size:
@@ -271,12 +273,10 @@ def _constant(text: str) -> NoReturn:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_Object, parse_int=_integer, parse_float=_float, parse_constant=_constant)
 
-_Entry = tuple[Dtype, tuple[int, ...], tuple[int, int]]
 
-
-def _entries(pairs: _Object, filename: str | None) -> tuple[dict[str, _Entry], dict[str, str] | None]:
+def _entries(pairs: _Object, filename: str | None) -> tuple[dict[str, Entry], dict[str, str] | None]:
     """Turn the top-level pairs into typed entries ordered by offset, and the metadata."""
-    tensors: dict[str, _Entry] = {}
+    tensors: dict[str, Entry] = {}
     metadata: dict[str, str] | None = None
     seen = False
     for name, value in pairs:
@@ -303,7 +303,7 @@ def _strings(value: Any, filename: str | None) -> Iterator[tuple[str, str]]:
 _FIELDS = ("dtype", "shape", "data_offsets")
 
 
-def _entry(name: str, value: Any, filename: str | None) -> _Entry:
+def _entry(name: str, value: Any, filename: str | None) -> Entry:
     fields: dict[str, Any] = {}
     if type(value) is _Object:
         for key, field in value:
@@ -349,7 +349,7 @@ def _integers(field: str, value: Any, name: str, filename: str | None) -> tuple[
     return tuple(value)
 
 
-def _check_layout(tensors: dict[str, _Entry], filename: str | None) -> int:
+def _check_layout(tensors: dict[str, Entry], filename: str | None) -> int:
     """Check that the tensors, ordered by offset, cover the data without hole or overlap; return where they end."""
     end = 0
     for name, (dtype, shape, (begin, stop)) in tensors.items():

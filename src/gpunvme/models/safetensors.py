@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from gpunvme import file as files
+from gpunvme import many
 from gpunvme.models import frameworks
 from gpunvme.models.frameworks import Framework
 from gpunvme.models.index import Checkpoint, Entry, Source
@@ -120,7 +121,7 @@ def load_entries(
             file, offset, tensor = next(parts())
             transfer = file.read_into(tensor, offset, progress=progress)
         elif total:
-            transfer = files.read_many(parts(), progress=progress, total=total)
+            transfer = many.read_many(parts(), progress=progress, total=total)
         else:
             tensors.update((entry.info.name, allocated(entry, dtype, 0)) for entry, dtype in pairs)
         if transfer is not None and report is not None:
@@ -198,7 +199,7 @@ class _Staged:
         """Start the group; convert the one before it meanwhile."""
         if self._parts:
             self._adapter.finish()  # what was converted out of this buffer has been read from it
-            transfer = files.read_many(self._parts, wait=False, progress=self._count(), total=self._bytes)
+            transfer = many.read_many(self._parts, wait=False, progress=self._count(), total=self._bytes)
             flight = (transfer, self._pieces, self._bytes)
         else:
             flight = None

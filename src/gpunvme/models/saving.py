@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from gpunvme import file as files
+from gpunvme import many
 from gpunvme.errors import FormatError, SpanError
 from gpunvme.models.dtypes import BY_FRAMEWORK_NAME, Dtype
 from gpunvme.models.header import MAX_HEADER_BYTES
@@ -180,7 +181,7 @@ def _write(file: files.File, header: bytes, items: list[_Item]) -> None:
 def _write_groups(groups: dict[str, list[tuple[files.File, int, Any]]]) -> None:
     for parts in groups.values():
         if parts:
-            files.write_parts(parts)
+            many.write_parts(parts)
             parts.clear()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from gpunvme import file as files
+from gpunvme import many
 from gpunvme.models.frameworks import Framework
 from gpunvme.models.index import Entry
 
@@ -139,7 +140,7 @@ class _Reader:
             file, offset, part = self._parts[0]
             file.read_into(part, offset)
         elif self._parts:
-            files.read_many(self._parts)
+            many.read_many(self._parts)
 
     def _block(self, dimension: int, offset: int, out: Any) -> None:
         """Read what is selected of the block at ``offset`` that has the dimensions from ``dimension`` on.

@@ -1,0 +1,145 @@
+"""Many ranges as one transfer: what checkpoints stand on, and how every transfer is set going."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gpunvme.arguments import checked_span
+from gpunvme.errors import SpanError
+from gpunvme.memory import CPU, check_gpu_span, stream_handle
+from gpunvme.paths.base import OpenMovement, Order, Part
+from gpunvme.paths.choose import HOST
+from gpunvme.transfer import Progress, Transfer
+
+if TYPE_CHECKING:
+    from gpunvme.file import File
+
+# Parts are handed to the engine in batches: large enough to be read as large ranges, small enough that the first
+# ones move while the memory of the last ones is not even allocated.
+_BATCH_BYTES = 256 << 20
+_BATCH_PARTS = 4096
+
+
+def read_many(
+    parts: Iterable[tuple[File, int, Any]],
+    *,
+    stream: Any = None,
+    wait: bool = True,
+    progress: Progress | None = None,
+    total: int | None = None,
+    timeout: float | None = None,
+) -> Transfer:
+    """Read many ranges of one or more files into many destinations, as one transfer.
+
+    Parameters
+    ----------
+    parts
+        ``(file, offset, destination)`` each; the destination's size says how much. Taken lazily while earlier parts
+        are moving already, so a generator may allocate as it goes. All destinations are on one device. Parts that
+        follow each other in a file are read as large ranges.
+    stream, wait, progress, timeout
+        As for `File.read_into`.
+    total
+        Bytes in all, for ``progress`` while parts are still being taken.
+
+    Raises
+    ------
+    RangeError, SpanError
+        For a bad part; what was started before it is stopped first.
+    FileError, TruncatedError, CudaError, DeadlineExceeded, Cancelled
+        As for `File.read_into`.
+    """
+    movement: OpenMovement | None = None
+    order: Order | None = None
+    keep: list[Any] = []
+    batch: list[Part] = []
+    moving = queued = size = 0
+    same: File | None = None
+    try:
+        for file, start, destination in parts:
+            offset = operator.index(start)
+            span = checked_span(destination, offset, None, writable=True)
+            if file is not same:  # asking for the size is a system call
+                same, size = file, file.size
+            if offset + span.nbytes > size:
+                raise file._out_of_range(offset, span.nbytes)
+            if movement is None or order is None:
+                order = Order(False, span.device, stream_handle(stream, destination, span.device), timeout)
+                movement = file._path(span.device).begin(order)
+            elif span.device != order.device:
+                raise SpanError(f"all destinations must be on one device; got {order.device} and {span.device}")
+            if span.device.is_gpu:
+                check_gpu_span(span, destination)
+            batch.append(Part(file._file, offset, span))
+            keep.append(batch[-1])
+            queued += span.nbytes
+            if queued >= _BATCH_BYTES or len(batch) >= _BATCH_PARTS:
+                movement.add(batch)
+                moving, queued, batch = moving + queued, 0, []
+                if progress is not None:
+                    progress(movement.report().moved_bytes, moving if total is None else total)
+        if movement is None or order is None:
+            order = Order(False, CPU)
+            movement = HOST.begin(order)
+        movement.add(batch)
+        moving += queued
+    except BaseException:
+        if movement is not None:
+            movement.cancel()
+            movement.wait(5.0)
+            # What does not come back in time stays alive with the transfer.
+            Transfer(movement, moving, keep=keep)
+        raise
+    return carry(movement, order, moving, keep, wait, progress)
+
+
+def write_parts(parts: Sequence[tuple[File, int, Any]]) -> Transfer:
+    """Write many ranges of memory on one device to files, as one transfer.
+
+    Neighbours in a file are packed and written together. Unlike `File.write_from`, files are not cut back when it
+    fails; this is for files that are replaced as a whole.
+    """
+    batch: list[Part] = []
+    device = CPU
+    stream: int | None = None
+    for number, (file, offset, source) in enumerate(parts):
+        span = checked_span(source, offset, None, writable=False)
+        if number == 0:
+            device, stream = span.device, stream_handle(None, source, span.device)
+        elif span.device != device:
+            raise SpanError(f"all sources must be on one device; got {device} and {span.device}")
+        if span.device.is_gpu:
+            check_gpu_span(span, source)
+        batch.append(Part(file._file, offset, span))
+    order = Order(True, device, stream)
+    movement = (parts[0][0]._path(device) if parts else HOST).begin(order)
+    nbytes = sum(part.span.nbytes for part in batch)
+    return carry(movement, order, nbytes, (batch, parts), True, None, lambda: movement.add(batch))
+
+
+def carry(
+    movement: OpenMovement,
+    order: Order,
+    nbytes: int,
+    keep: object,
+    wait: bool,
+    progress: Progress | None,
+    add: Callable[[], None] | None = None,
+    on_done: Callable[[bool], None] | None = None,
+) -> Transfer:
+    """Make the `Transfer` of a movement, add to it, seal it, and wait for it if asked to."""
+    deadline = None if order.timeout is None else time.monotonic() + order.timeout
+    # Before anything is added: from then on it keeps the memory alive, whatever is raised in between.
+    transfer = Transfer(movement, nbytes, keep=keep, progress=progress, deadline=deadline, on_done=on_done)
+    try:
+        if add is not None:
+            add()
+        movement.seal()
+    except BaseException:
+        movement.cancel()
+        movement.wait(5.0)
+        raise
+    return transfer.wait() if wait else transfer
