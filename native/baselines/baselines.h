@@ -13,8 +13,8 @@ namespace gpunvme::baselines {
 double pread_sequential(int fd, std::uint64_t address, std::uint64_t nbytes, std::uint64_t chunk, unsigned threads);
 
 // `threads` threads take reads of `each` bytes in turn and preadv them, packed in order, to `address`.
-double pread_random(int fd, std::uint64_t address, const std::int64_t* offsets, std::uint64_t count,
-                    std::uint64_t each, unsigned threads);
+double pread_random(int fd, std::uint64_t address, const std::int64_t* offsets, std::uint64_t count, std::uint64_t each,
+                    unsigned threads);
 
 // The file is mapped, and threads memcpy out of it; offsets null: the first `each` bytes of it in one sequence.
 double mmap_copy(int fd, std::uint64_t address, const std::int64_t* offsets, std::uint64_t count, std::uint64_t each,

@@ -108,8 +108,8 @@ double pread_sequential(int fd, std::uint64_t address, std::uint64_t nbytes, std
                [&](std::uint64_t begin, std::uint64_t end) { pread_all(fd, to + begin, end - begin, begin); });
 }
 
-double pread_random(int fd, std::uint64_t address, const std::int64_t* offsets, std::uint64_t count,
-                    std::uint64_t each, unsigned threads) {
+double pread_random(int fd, std::uint64_t address, const std::int64_t* offsets, std::uint64_t count, std::uint64_t each,
+                    unsigned threads) {
   auto* to = reinterpret_cast<std::uint8_t*>(address);
   return share(count, 256, threads, [&](std::uint64_t begin, std::uint64_t end) {
     for (std::uint64_t i = begin; i < end; ++i) {

@@ -3,6 +3,7 @@
 #include <liburing.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <condition_variable>
 #include <cstdlib>
@@ -49,7 +50,8 @@ class RingQueue : public DirectQueue {
     io_uring_cqe* first = nullptr;
     if (wait.count() > 0) {
       __kernel_timespec limit{wait.count() / 1000000, wait.count() % 1000000 * 1000};
-      io_uring_submit_and_wait_timeout(&ring_, &first, 1, &limit, nullptr);
+      // Several at once where many are under way: small reads would else cost a system call each.
+      io_uring_submit_and_wait_timeout(&ring_, &first, std::max(1u, in_flight_ / 4), &limit, nullptr);
     } else {
       io_uring_submit(&ring_);
       if (io_uring_peek_cqe(&ring_, &first) != 0) io_uring_get_events(&ring_);

@@ -258,11 +258,15 @@ std::optional<Piece> Job::take(const Room& room, unsigned worker) {
     return piece;
   };
   if (!direct_.empty() && (room.direct || (room.direct_if_idle && copies_.empty()))) return pop(direct_);
-  const bool writing = options_.direction == Direction::kWrite;
-  if (!windows_.empty() && (writing ? room.direct : copies_.size() + direct_.size() < kManyPieces)) {
+  const bool copy = !copies_.empty() && room.copy;
+  if (options_.direction == Direction::kWrite) {
+    if (!windows_.empty() && room.direct) return pop(windows_);
+  } else if (!windows_.empty() && copies_.size() + direct_.size() < kManyPieces && (looking_ == 0 || !copy)) {
+    // One worker looks ahead, so that the drive is found work early; the others copy what was found in memory.
+    ++looking_;
     return pop(windows_);
   }
-  if (!copies_.empty() && room.copy) return pop(copies_);
+  if (copy) return pop(copies_);
   return std::nullopt;
 }
 
@@ -276,6 +280,14 @@ void Job::push(const std::vector<Piece>& pieces, bool takes_one) {
     }
   }
   announce(pieces.size() - (takes_one ? 1 : 0));
+}
+
+void Job::finish_window() {
+  {
+    std::lock_guard lock(mutex_);
+    --looking_;
+  }
+  finish({});
 }
 
 void Job::finish(const Counts& counts) {

@@ -137,8 +137,10 @@ class Job : public std::enable_shared_from_this<Job> {
   std::optional<Piece> take(const Room& room, unsigned worker);
   // `takes_one`: the worker that pushes has room for one of them, so that nobody need be woken for it.
   void push(const std::vector<Piece>& pieces, bool takes_one);
-  // The taker of a piece or a window is finished with it.
+  // The taker of a piece is finished with it.
   void finish(const Counts& counts);
+  // The taker of a window has pushed its pieces.
+  void finish_window();
   bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
   const Options& options() const { return options_; }
   SourceFile& file(std::uint32_t number) const;
@@ -170,7 +172,8 @@ class Job : public std::enable_shared_from_this<Job> {
   std::deque<Piece> windows_;
   std::deque<Piece> direct_;
   std::deque<Piece> copies_;
-  std::size_t taken_ = 0;  // windows and pieces that a worker holds
+  std::size_t taken_ = 0;    // windows and pieces that a worker holds
+  std::size_t looking_ = 0;  // windows of these
   bool sealed_ = false;
   bool done_ = false;
   std::chrono::steady_clock::time_point end_;

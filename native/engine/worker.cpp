@@ -94,7 +94,7 @@ bool Worker::start_something() {
 void Worker::start(std::shared_ptr<Job> job, const Piece& piece) {
   if (piece.kind == Piece::Kind::kWindow) {
     classify(*job, piece);
-    job->finish({});
+    job->finish_window();
     return;
   }
   Operation& operation = operations_.emplace_front();

@@ -127,7 +127,6 @@ class Worker {
   std::vector<int> free_bounces_;
   std::vector<char> gap_ = std::vector<char>(8192);  // where the bytes between near segments go
   std::size_t next_job_ = 0;
-  std::chrono::steady_clock::time_point last_copy_;  // when one was last queued, or seen to have passed
 };
 
 }  // namespace gpunvme

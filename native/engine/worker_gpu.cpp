@@ -69,7 +69,6 @@ void Worker::begin_copying(Operation& operation, Lane& lane) {
   operation.event = lane.spare_events.back();
   lane.spare_events.pop_back();
   lane.copying.push_back(&operation);
-  last_copy_ = std::chrono::steady_clock::now();
 }
 
 // Takes back the operations whose copies have passed.
@@ -84,8 +83,7 @@ bool Worker::take_back_copies() {
       lane.spare_events.push_back(operation.event);
       operation.copying = state != kCudaSuccess;
       progress = true;
-      last_copy_ = std::chrono::steady_clock::now();
-      try {
+          try {
         cuda_check(state, "cuEventQuery after a copy");
         if (operation.piece.kind == Piece::Kind::kWrite) {
           write_out(operation, operation.slot + (operation.piece.begin - operation.slot_begin));
@@ -100,14 +98,17 @@ bool Worker::take_back_copies() {
   return progress;
 }
 
-// Waits a little for a copy of any GPU, and does not stay in the driver for it: the caller's stream, which copies are
-// queued behind, may be busy for long, and what runs there may be waiting for other jobs of ours.
+// Waits for the oldest copy of a GPU. In the driver only once the caller's stream, which the copy is queued behind, has
+// come to it: that stream may be busy for long, and what runs there may be waiting for other jobs of ours.
 bool Worker::wait_for_copy() {
-  constexpr auto kSoon = std::chrono::microseconds(500);  // a few pieces' copies
-  do {
-    if (take_back_copies()) return true;
-    std::this_thread::yield();
-  } while (std::chrono::steady_clock::now() - last_copy_ < kSoon);
+  for (auto& [device, lane] : lanes_) {
+    if (lane.copying.empty()) continue;
+    const Operation& oldest = *lane.copying.front();
+    const CUevent caller = oldest.piece.event();
+    if (caller != nullptr && cuda().EventQuery(caller) == kCudaNotReady) continue;
+    cuda().EventSynchronize(oldest.event);  // an error is seen again, and handled, by take_back_copies
+    return take_back_copies();
+  }
   std::this_thread::sleep_for(std::chrono::microseconds(50));
   return take_back_copies();
 }

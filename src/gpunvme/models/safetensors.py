@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from gpunvme import file as files
@@ -83,8 +85,20 @@ def load_file(
     """
     adapter = frameworks.choose(framework, device)
     target = None if dtype is None else adapter.convertible(dtype)
-    with Checkpoint(source) as checkpoint:
+    with _no_collection(), Checkpoint(source) as checkpoint:
         return load_entries(checkpoint.select(keys, filter), adapter, target, progress, report)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Hold the garbage collector off: thousands of small objects, none in a cycle, would set it off several times."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def load_entries(
