@@ -39,8 +39,8 @@ void bind_baselines(nb::module_& module) {
   const auto release = nb::call_guard<nb::gil_scoped_release>();
   module.def("pread_sequential", &baselines::pread_sequential, nb::arg("fd"), nb::arg("address"), nb::arg("nbytes"),
              nb::arg("chunk"), nb::arg("threads"), release);
-  module.def("preadv_threads", &preadv_threads, nb::arg("fd"), nb::arg("address"), nb::arg("offsets"),
-             nb::arg("each"), nb::arg("threads"));
+  module.def("preadv_threads", &preadv_threads, nb::arg("fd"), nb::arg("address"), nb::arg("offsets"), nb::arg("each"),
+             nb::arg("threads"));
   module.def("mmap_copy", &mmap_copy, nb::arg("fd"), nb::arg("address"), nb::arg("offsets").none(), nb::arg("each"),
              nb::arg("threads"));
   module.def(

@@ -70,7 +70,9 @@ void bind_files(nb::module_& module) {
           nb::arg("path"), nb::arg("mode"))
       .def_static(
           "from_descriptor",
-          [](int fd, nb::bytes name) { return SourceFile::from_descriptor(fd, {name.c_str(), name.size()}); },
+          [](int fd, nb::bytes name) {
+            return SourceFile::from_descriptor(fd, {name.c_str(), name.size()});
+          },
           nb::arg("fd"), nb::arg("name"))
       .def("size", &SourceFile::size)
       .def("fileno", &SourceFile::fd)

@@ -64,7 +64,8 @@ void bind_jobs(nb::module_& module) {
             return Job::make(options);
           },
           nb::arg("write"), nb::arg("device"), nb::arg("stream").none(), nb::arg("timeout").none())
-      .def("add_file", [](Job& job, std::shared_ptr<SourceFile> file) { return checked(job).add_file(std::move(file)); })
+      .def("add_file",
+           [](Job& job, std::shared_ptr<SourceFile> file) { return checked(job).add_file(std::move(file)); })
       .def("add",
            [](Job& job, const std::vector<Part>& parts) {
              std::vector<Segment> segments;

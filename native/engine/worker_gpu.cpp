@@ -83,7 +83,7 @@ bool Worker::take_back_copies() {
       lane.spare_events.push_back(operation.event);
       operation.copying = state != kCudaSuccess;
       progress = true;
-          try {
+      try {
         cuda_check(state, "cuEventQuery after a copy");
         if (operation.piece.kind == Piece::Kind::kWrite) {
           write_out(operation, operation.slot + (operation.piece.begin - operation.slot_begin));
