@@ -1,7 +1,6 @@
 // One thread of the engine. Its loop: take back what has finished, start what there is room for, wait for the rest.
 #pragma once
 
-#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <list>

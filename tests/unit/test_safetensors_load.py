@@ -18,7 +18,7 @@ import pytest
 import safetensors_cases as cases
 from gpunvme import file as files
 from gpunvme import many as movements
-from gpunvme.errors import FileError, FormatError, SpanError
+from gpunvme.errors import CudaError, FileError, FormatError, SpanError
 from gpunvme.models import frameworks, load_file, safetensors, save_file
 
 NUMPY_TYPES = ["BOOL", "U8", "I8", "I16", "U16", "F16", "I32", "U32", "F32", "C64", "F64", "I64", "U64"]
@@ -351,3 +351,12 @@ def test_a_real_model_saved_again_is_the_same_file(tmp_path: Path) -> None:
     save_file(arrays, again, {"format": "pt"})
     library.save_file(arrays, theirs, {"format": "pt"})
     assert again.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.torch
+def test_a_gpu_that_is_not_there_is_an_error_of_ours(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    save_file({"a": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
+    absent = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(CudaError, match=absent):
+        load_file(tmp_path / "a.safetensors", device=absent)

@@ -9,7 +9,8 @@ import mmap
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from gpunvme.errors import FormatError, SpanError
+from gpunvme import _native
+from gpunvme.errors import CudaError, FormatError, SpanError
 from gpunvme.memory import Device
 from gpunvme.models.dtypes import BY_FRAMEWORK_NAME, DTYPES, Dtype
 from gpunvme.models.header import TensorInfo
@@ -57,6 +58,8 @@ def choose(framework: str | None, device: Any) -> Framework:
         The framework is unknown.
     SpanError
         numpy cannot hold tensors on that device.
+    CudaError
+        torch cannot use that GPU.
     """
     if framework is None:
         framework = "pt" if importlib.util.find_spec("torch") is not None else "np"
@@ -104,6 +107,16 @@ class _Torch:
 
         self._torch: Any = torch
         self._device = str(device)
+        if device.is_gpu:
+            self._check_gpu(device)
+
+    def _check_gpu(self, device: Device) -> None:
+        cuda = self._torch.cuda
+        if not cuda.is_available():
+            why = _native.cuda_unavailable_reason() or f"torch {self._torch.__version__} cannot use CUDA here"
+            raise CudaError(f"{device} cannot be used: {why}")
+        if device.index >= cuda.device_count():
+            raise CudaError(f"there is no {device}: torch sees {cuda.device_count()} GPU(s)")
 
     def _resolve(self, dtype: Dtype) -> Any:
         return getattr(self._torch, dtype.torch, None) if dtype.torch is not None else None
