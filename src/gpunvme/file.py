@@ -14,11 +14,12 @@ from gpunvme import _native
 from gpunvme.arguments import checked_span, offsets_array
 from gpunvme.errors import FileError, RangeError, SpanError
 from gpunvme.many import carry
-from gpunvme.memory import CPU, Buffer, Device, Span, check_gpu_span, span_of, stream_handle
+from gpunvme.memory import CPU, Buffer, Device, Span, check_gpu_span, span_of
 from gpunvme.opening import fsync_file, open_descriptor, open_path
 from gpunvme.paths.base import Order, Part, Path
 from gpunvme.paths.choose import HOST, Explanation, choose, explain
 from gpunvme.replace import Replacement
+from gpunvme.streams import stream_handle
 from gpunvme.transfer import Progress, Transfer, raise_native
 
 # Reads larger than this are ordinary parts of a transfer, one by one; smaller ones are packed (engine, job.h).

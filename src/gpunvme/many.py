@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from gpunvme.arguments import checked_span
 from gpunvme.errors import SpanError
-from gpunvme.memory import CPU, check_gpu_span, stream_handle
+from gpunvme.memory import CPU, check_gpu_span
 from gpunvme.paths.base import OpenMovement, Order, Part
 from gpunvme.paths.choose import HOST
+from gpunvme.streams import stream_handle
 from gpunvme.transfer import Progress, Transfer
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gpunvme import _native
 from gpunvme.errors import CudaError, SpanError
+from gpunvme.streams import current_gpu
 
 _PAGE = 4096
 _DLPACK_CPU, _DLPACK_CUDA, _DLPACK_CUDA_HOST, _DLPACK_CUDA_MANAGED = 1, 2, 3, 13
@@ -49,7 +50,7 @@ class Device(NamedTuple):
         if text == "cpu":
             return CPU
         if text == "cuda":
-            return cls("cuda", _current_gpu())
+            return cls("cuda", current_gpu())
         kind, _, number = text.partition(":")
         if kind == "cuda" and number.isdecimal():
             return cls("cuda", int(number))
@@ -295,47 +296,6 @@ def address_of(array: NDArray[Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def stream_handle(stream: Any, memory: Any, device: Device) -> int | None:
-    """The ``CUstream`` that a transfer is ordered behind; None for host memory.
-
-    ``stream`` is an int, an object with ``__cuda_stream__`` or one of torch's or CuPy's; None is the
-    current stream of the framework that the memory belongs to, else of torch if it uses CUDA, else CUDA's
-    default stream.
-    """
-    if not device.is_gpu:
-        return None
-    if stream is None:
-        return _framework_stream(memory, device)
-    if isinstance(stream, int):
-        return stream
-    protocol = getattr(stream, "__cuda_stream__", None)
-    if protocol is not None:
-        return int((protocol() if callable(protocol) else protocol)[1])
-    for attribute in ("cuda_stream", "ptr", "handle"):
-        value = getattr(stream, attribute, None)
-        if value is not None:
-            return int(value)
-    raise TypeError(f"not a CUDA stream: {_name(stream)}")
-
-
-def _framework_stream(memory: Any, device: Device) -> int:
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(memory, cupy.ndarray):
-        with cupy.cuda.Device(device.index):
-            return int(cupy.cuda.get_current_stream().ptr)
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return int(torch.cuda.current_stream(device.index).cuda_stream)
-    return 0
-
-
-def _current_gpu() -> int:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return int(torch.cuda.current_device())
-    return 0
-
-
 def _span(memory: Any) -> Span:
     if isinstance(memory, Span):
         return memory
@@ -395,7 +355,7 @@ def _span_of_cuda_array(memory: Any, interface: dict[str, Any]) -> Span:
             expected *= extent
     pointer, read_only = interface["data"]
     if nbytes == 0:
-        return Span(0, 0, Device("cuda", _current_gpu()), not read_only, memory)
+        return Span(0, 0, Device("cuda", current_gpu()), not read_only, memory)
     reason = _native.cuda_unavailable_reason()
     if reason:
         raise CudaError(f"a GPU array cannot be used: {reason}")

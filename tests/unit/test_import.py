@@ -32,6 +32,7 @@ OURS = {
     "gpunvme.paths.choose",
     "gpunvme.paths.host",
     "gpunvme.replace",
+    "gpunvme.streams",
     "gpunvme.transfer",
 }
 NOT_WANTED = {"torch", "rich", "typer", "click", "cupy", "safetensors", "matplotlib", "numpy.testing", "hypothesis"}

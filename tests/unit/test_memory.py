@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpunvme
-from gpunvme.memory import Device, Span, span_of, stream_handle
+from gpunvme.memory import Device, Span, span_of
+from gpunvme.streams import stream_handle
 
 
 def test_a_span_says_where_memory_is() -> None:
