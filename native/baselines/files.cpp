@@ -49,6 +49,11 @@ double share(std::uint64_t count, std::uint64_t step, unsigned threads,
   return now() - start;
 }
 
+// How many random blocks a thread takes at a time: many, but so few that every thread has several turns.
+std::uint64_t turn(std::uint64_t count, unsigned threads) {
+  return std::clamp<std::uint64_t>(count / (std::uint64_t{8} * std::max(1u, threads)), 1, 256);
+}
+
 void pread_all(int fd, std::uint8_t* to, std::uint64_t nbytes, std::uint64_t offset) {
   while (nbytes > 0) {
     const iovec vector{to, nbytes};
@@ -111,7 +116,7 @@ double pread_sequential(int fd, std::uint64_t address, std::uint64_t nbytes, std
 double pread_random(int fd, std::uint64_t address, const std::int64_t* offsets, std::uint64_t count, std::uint64_t each,
                     unsigned threads) {
   auto* to = reinterpret_cast<std::uint8_t*>(address);
-  return share(count, 256, threads, [&](std::uint64_t begin, std::uint64_t end) {
+  return share(count, turn(count, threads), threads, [&](std::uint64_t begin, std::uint64_t end) {
     for (std::uint64_t i = begin; i < end; ++i) {
       pread_all(fd, to + i * each, each, static_cast<std::uint64_t>(offsets[i]));
     }
@@ -132,7 +137,7 @@ double mmap_copy(int fd, std::uint64_t address, const std::int64_t* offsets, std
     share(each, 2u << 20, threads,
           [&](std::uint64_t begin, std::uint64_t end) { std::memcpy(to + begin, from + begin, end - begin); });
   } else {
-    share(count, 256, threads, [&](std::uint64_t begin, std::uint64_t end) {
+    share(count, turn(count, threads), threads, [&](std::uint64_t begin, std::uint64_t end) {
       for (std::uint64_t i = begin; i < end; ++i) std::memcpy(to + i * each, from + offsets[i], each);
     });
   }
