@@ -26,22 +26,6 @@ SIZE = 6 * MIB + 777
 GUARD = 0xA5
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("gathers") / "file"
-
-
-@pytest.fixture(scope="module")
-def data(place: Path) -> bytes:
-    return files.make(place, SIZE)
-
-
-@pytest.fixture(scope="module")
-def file(place: Path, data: bytes) -> Iterator[gpunvme.File]:
-    with gpunvme.open(place) as opened:
-        yield opened
-
-
 def only_buffer_protocol(offsets: list[int]) -> Any:
     return memoryview(array.array("q", offsets))
 

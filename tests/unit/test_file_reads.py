@@ -21,27 +21,11 @@ import gpunvme
 from files import HEATS, MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 SIZE = 5 * MIB + 1234
 GUARD = 0xA5
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("reads") / "file"
-
-
-@pytest.fixture(scope="module")
-def data(place: Path) -> bytes:
-    return files.make(place, SIZE)
-
-
-@pytest.fixture(scope="module")
-def file(place: Path, data: bytes) -> Iterator[gpunvme.File]:
-    with gpunvme.open(place) as opened:
-        yield opened
 
 
 class OnlyDLPack:

@@ -11,29 +11,12 @@ import gpunvme
 from gpunvme.memory import Device, span_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 SIZE = 300_000
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("torch") / "file"
-
-
-@pytest.fixture(scope="module")
-def data(place: Path) -> bytes:
-    return files.make(place, SIZE)
-
-
-@pytest.fixture(scope="module")
-def file(place: Path, data: bytes) -> Iterator[gpunvme.File]:
-    with gpunvme.open(place) as opened:
-        yield opened
 
 
 def raw(tensor: Any) -> bytes:
