@@ -103,6 +103,7 @@ void bind_jobs(nb::module_& module) {
            })
       .def("report", &report);
 
+  module.attr("MOST_GATHERED_BYTES") = Gather::kMostBytes;
   module.def("small_read", &small_read, nb::arg("file"), nb::arg("offset"), nb::arg("nbytes"), nb::arg("device"),
              nb::arg("stream"), nb::arg("address"), nb::call_guard<nb::gil_scoped_release>());
   module.def("shutdown", &Engine::shutdown, nb::call_guard<nb::gil_scoped_release>());

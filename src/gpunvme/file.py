@@ -22,8 +22,6 @@ from gpunvme.replace import Replacement
 from gpunvme.streams import stream_handle
 from gpunvme.transfer import Progress, Transfer, raise_native
 
-# Reads larger than this are ordinary parts of a transfer, one by one; smaller ones are packed (engine, job.h).
-_LARGEST_GATHERED = 512 << 10
 _LARGEST_FILE = 2**63 - 1
 
 
@@ -51,10 +49,13 @@ def open(source: str | os.PathLike[str] | int, mode: str = "r", *, path: str = "
 class File:
     """An open file, between which and memory bytes are moved. A context manager.
 
-    Several threads may use one `File`; a forked child may read into host memory with it.
+    Several threads may use one `File`; a forked child may read into host memory with it. Made by `open`; ``name`` is
+    what a file that is opened by its descriptor is called in errors.
     """
 
-    def __init__(self, source: str | os.PathLike[str] | int, mode: str = "r", *, path: str = "auto") -> None:
+    def __init__(
+        self, source: str | os.PathLike[str] | int, mode: str = "r", *, path: str = "auto", name: str | None = None
+    ) -> None:
         if mode not in ("r", "r+", "w"):
             raise ValueError(f"mode {mode!r}: use 'r', 'r+' or 'w'")
         self._mode = mode
@@ -64,7 +65,7 @@ class File:
         self._native: _native.SourceFile | None = None
         self.last_transfer: Transfer | None = None
         if isinstance(source, int):
-            self._name = f"<file descriptor {source}>"
+            self._name = f"<file descriptor {source}>" if name is None else name
             self._native = open_descriptor(source, self._name, mode)
         else:
             self._name = os.fspath(source)
@@ -258,7 +259,7 @@ class File:
         movement = self._path(span.device).begin(order)
 
         def add() -> None:
-            if nbytes > _LARGEST_GATHERED:
+            if nbytes > _native.MOST_GATHERED_BYTES:
                 movement.add([Part(file, int(at), span.part(i * nbytes, nbytes)) for i, at in enumerate(places)])
             elif len(places):
                 movement.add_gather(file, places, nbytes, span)

@@ -13,7 +13,7 @@ from gpunvme.memory import CPU, check_gpu_span
 from gpunvme.paths.base import OpenMovement, Order, Part
 from gpunvme.paths.choose import HOST
 from gpunvme.streams import stream_handle
-from gpunvme.transfer import Progress, Transfer
+from gpunvme.transfer import Progress, Transfer, stop
 
 if TYPE_CHECKING:
     from gpunvme.file import File
@@ -89,8 +89,7 @@ def read_many(
         moving += queued
     except BaseException:
         if movement is not None:
-            movement.cancel()
-            movement.wait(5.0)
+            stop(movement)
             # What does not come back in time stays alive with the transfer.
             Transfer(movement, moving, keep=keep)
         raise
@@ -140,7 +139,6 @@ def carry(
             add()
         movement.seal()
     except BaseException:
-        movement.cancel()
-        movement.wait(5.0)
+        stop(movement)
         raise
     return transfer.wait() if wait else transfer

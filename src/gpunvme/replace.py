@@ -56,7 +56,6 @@ class Replacement:
 
     def __enter__(self) -> Self:
         from gpunvme.file import File
-        from gpunvme.opening import open_descriptor
 
         try:
             existing = os.stat(self._target)
@@ -72,9 +71,7 @@ class Replacement:
         try:
             if existing is not None:
                 os.fchmod(fd, stat.S_IMODE(existing.st_mode))
-            self._file = File(fd, "r+")
-            self._file._name = self._target
-            self._file._native = open_descriptor(fd, self._target, "r+")  # errors name the target too
+            self._file = File(fd, "r+", name=self._target)
         except BaseException:
             self._remove()
             raise

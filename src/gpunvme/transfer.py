@@ -66,6 +66,12 @@ class Movement(Protocol):
         """What was done so far."""
 
 
+def stop(movement: Movement) -> None:
+    """Cancel a movement and wait until nothing of it is in flight, or as long as a drive may take to answer."""
+    movement.cancel()
+    movement.wait(_GRACE)
+
+
 class Transfer:
     """One movement of bytes between a file and memory.
 
@@ -179,8 +185,7 @@ class Transfer:
             except DeadlineExceeded:
                 raise
             except BaseException:  # Ctrl-C, or an error in the progress callback
-                self._movement.cancel()
-                self._movement.wait(_GRACE)
+                stop(self._movement)
                 self._settle()
                 raise
             self._settle()

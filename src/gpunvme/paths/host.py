@@ -17,8 +17,6 @@ from gpunvme.memory import Device, Span, address_of
 from gpunvme.paths.base import OpenMovement, Order, Part, Verdict
 from gpunvme.transfer import Report, error_from_native, format_bytes, raise_native
 
-_SMALL = 64 << 10  # as in the engine, small_read.h
-
 _ending = False
 _waiting: set[int] = set()  # threads in the engine's wait
 
@@ -76,8 +74,6 @@ class HostPath:
     def small_read(self, part: Part, stream: int | None) -> Report | None:
         """Read a little cached data at once, in this thread; None if this has to be a transfer."""
         file, offset, span = part
-        if span.nbytes > _SMALL:
-            return None
         start = time.perf_counter()
         try:
             if not _native.small_read(file, offset, span.nbytes, span.device.native, stream or 0, span.ptr):
@@ -102,6 +98,7 @@ class HostMovement:
         self._path = path
         self._order = order
         self._files: dict[_native.SourceFile, int] = {}
+        self._noted = False
         if _ending and threading.current_thread() is not threading.main_thread():
             raise Cancelled("the interpreter is ending")
         try:
@@ -143,7 +140,8 @@ class HostMovement:
             raise_native(failure)
         finally:
             _waiting.discard(thread)
-        if done and self._files and self._job.failure() is None:
+        if done and not self._noted and self._files and self._job.failure() is None:
+            self._noted = True
             self._path.note_speed(next(iter(self._files)), self._order.device, self.report())
         return done
 
