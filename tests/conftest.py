@@ -1,4 +1,4 @@
-"""Which tests run where, and how long the random ones search.
+"""Which tests run where, how long the random ones search, and one random file a test module.
 
 Tests that need what this machine lacks are skipped with the reason. The libcuda for tests can be built anywhere, so
 its absence fails where CI=true.
@@ -13,9 +13,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+import files
+import gpunvme
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # A shell that runs the tests in the background has SIGINT ignored, and every program that a test starts inherits that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -69,3 +76,22 @@ def not_long() -> str:
 
 
 REQUIREMENTS = {"gpu": no_gpu, "torch": no_torch, "slow": not_long}
+
+
+# One random file a module, of the module's SIZE: where it is, what is in it, and it opened.
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("module") / "file"
+
+
+@pytest.fixture(scope="module")
+def data(place: Path, request: pytest.FixtureRequest) -> bytes:
+    return files.make(place, request.module.SIZE)
+
+
+@pytest.fixture(scope="module")
+def file(place: Path, data: bytes) -> Iterator[gpunvme.File]:
+    with gpunvme.open(place) as opened:
+        yield opened

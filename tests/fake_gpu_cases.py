@@ -42,16 +42,6 @@ def fake() -> Iterator[FakeCuda]:
     cuda.reset()
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("gpu") / "file"
-
-
-@pytest.fixture(scope="module")
-def data(place: Path) -> bytes:
-    return files.make(place, SIZE)
-
-
 @pytest.fixture
 def file(place: Path, data: bytes) -> Iterator[gpunvme.File]:
     with gpunvme.open(place) as opened:

@@ -30,16 +30,6 @@ def _torch_sees_a_gpu() -> None:
         pytest.skip("this PyTorch has no CUDA")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("gpu") / "file"
-
-
-@pytest.fixture(scope="module")
-def data(place: Path) -> bytes:
-    return files.make(place, SIZE)
-
-
 @pytest.fixture
 def file(place: Path, data: bytes) -> Iterator[gpunvme.File]:
     with gpunvme.open(place) as opened:
