@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from errno import EIO
+from typing import NamedTuple
 
 
 class Error(Exception):
@@ -90,3 +92,66 @@ class Cancelled(Error):
 
 class DeadlineExceeded(Error, TimeoutError):
     """The transfer was not complete by its deadline, or `Transfer.wait` gave up waiting."""
+
+
+class NvmeError(Error):
+    """Something went wrong between us and an NVMe controller."""
+
+
+class UriError(NvmeError, ValueError):
+    """The URI of a controller cannot be understood; the message lists what is valid."""
+
+
+class TransportError(NvmeError):
+    """A controller cannot be reached, or the way to it broke; the message says what to do."""
+
+
+class ControllerError(NvmeError):
+    """A controller does not do what it must: it never gets ready, reports a fatal status or contradicts itself."""
+
+
+class DeviceGoneError(ControllerError):
+    """A controller's registers read all ones: it was unplugged, or its process ended."""
+
+
+class UnsafeDeviceError(NvmeError):
+    """A device is in use, or holds data that would be lost; the message says which and how to go on."""
+
+
+class Failed(NamedTuple):
+    """One command that failed, as `CommandError` lists it.
+
+    ``kind`` is ``"status"`` (the controller said so), ``"timeout"`` (it never answered and was given up) or ``"lost"``
+    (it was in flight when the controller was reset, and could not be repeated).
+    """
+
+    opcode: int
+    lba: int
+    blocks: int
+    queue_id: int
+    cid: int
+    status: int
+    kind: str
+
+    @property
+    def sct(self) -> int:
+        """Status Code Type."""
+        return self.status >> 8 & 7
+
+    @property
+    def sc(self) -> int:
+        """Status Code."""
+        return self.status & 0xFF
+
+    @property
+    def dnr(self) -> bool:
+        """Do Not Retry: the same command would fail again."""
+        return bool(self.status >> 14 & 1)
+
+
+class CommandError(NvmeError):
+    """Commands failed. ``failures`` lists every one of them."""
+
+    def __init__(self, message: str, failures: Sequence[Failed] = ()) -> None:
+        super().__init__(message)
+        self.failures = tuple(failures)
