@@ -9,6 +9,7 @@ void bind_files(nanobind::module_& module);
 void bind_jobs(nanobind::module_& module);
 void bind_memory(nanobind::module_& module);
 void bind_nvme(nanobind::module_& module);
+void bind_nvme_layout(nanobind::module_& module);
 void bind_soft(nanobind::module_& module);
 
 }  // namespace gpunvme

@@ -10,6 +10,7 @@ NB_MODULE(_native, module) {
   gpunvme::bind_jobs(module);
   gpunvme::bind_memory(module);
   gpunvme::bind_nvme(module);
+  gpunvme::bind_nvme_layout(module);
   gpunvme::bind_soft(module);
   gpunvme::bind_baselines(module);
 }

@@ -8,16 +8,23 @@ from gpunvme import errors
 from gpunvme.errors import (
     AccessDeniedError,
     Cancelled,
+    CommandError,
+    ControllerError,
     CudaError,
     DeadlineExceeded,
+    DeviceGoneError,
     Error,
     FileError,
     FormatError,
     MissingFileError,
+    NvmeError,
     PathError,
     RangeError,
     SpanError,
+    TransportError,
     TruncatedError,
+    UnsafeDeviceError,
+    UriError,
 )
 from gpunvme.file import File, open
 from gpunvme.many import read_many
@@ -26,6 +33,7 @@ from gpunvme.paths.base import Verdict
 from gpunvme.transfer import Transfer
 
 if TYPE_CHECKING:
+    from gpunvme import nvme
     from gpunvme.models.opening import safe_open
     from gpunvme.models.patch import patch_safetensors
     from gpunvme.models.safetensors import load_file
@@ -48,24 +56,32 @@ __all__ = [
     "AccessDeniedError",
     "Buffer",
     "Cancelled",
+    "CommandError",
+    "ControllerError",
     "CudaError",
     "DeadlineExceeded",
     "Device",
+    "DeviceGoneError",
     "Error",
     "File",
     "FileError",
     "FormatError",
     "MissingFileError",
+    "NvmeError",
     "PathError",
     "RangeError",
     "Span",
     "SpanError",
     "Transfer",
+    "TransportError",
     "TruncatedError",
+    "UnsafeDeviceError",
+    "UriError",
     "Verdict",
     "__version__",
     "errors",
     "load_file",
+    "nvme",
     "open",
     "patch_safetensors",
     "read_many",
@@ -75,6 +91,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nvme":
+        return import_module("gpunvme.nvme")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'gpunvme' has no attribute {name!r}")

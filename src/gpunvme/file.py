@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import operator
 import os
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,23 +15,28 @@ from gpunvme.arguments import checked_span, offsets_array
 from gpunvme.errors import FileError, RangeError, SpanError
 from gpunvme.many import carry
 from gpunvme.memory import CPU, Buffer, Device, Span, check_gpu_span, span_of
-from gpunvme.opening import fsync_file, open_descriptor, open_path
-from gpunvme.paths.base import Order, Part, Path
+from gpunvme.opening import open_descriptor, open_path, sync_source
+from gpunvme.paths.base import Order, Part, Path, Source
 from gpunvme.paths.choose import HOST, Explanation, choose, explain
+from gpunvme.paths.nvme import NamespaceSource, is_namespace, open_namespace
 from gpunvme.replace import Replacement
 from gpunvme.streams import stream_handle
 from gpunvme.transfer import Progress, Transfer, raise_native
 
+if TYPE_CHECKING:
+    from gpunvme.nvme.namespace import Namespace
+
 _LARGEST_FILE = 2**63 - 1
 
 
-def open(source: str | os.PathLike[str] | int, mode: str = "r", *, path: str = "auto") -> File:
-    """Open a file or block device.
+def open(source: str | os.PathLike[str] | int | Namespace, mode: str = "r", *, path: str = "auto") -> File:
+    """Open a file, block device or NVMe namespace.
 
     Parameters
     ----------
     source
-        A path, or a file descriptor (duplicated: its owner may close it).
+        A path, or a file descriptor (duplicated: its owner may close it); ``nvme+URI?nsid=N``, or a
+        `gpunvme.nvme.Namespace`, for the bytes of a namespace.
     mode
         ``"r"``: read; ``"r+"``: read and write a file that exists; ``"w"``: read and write a file that is created,
         or emptied if it exists. For a descriptor the mode must be one that it was opened for.
@@ -54,7 +59,12 @@ class File:
     """
 
     def __init__(
-        self, source: str | os.PathLike[str] | int, mode: str = "r", *, path: str = "auto", name: str | None = None
+        self,
+        source: str | os.PathLike[str] | int | Namespace,
+        mode: str = "r",
+        *,
+        path: str = "auto",
+        name: str | None = None,
     ) -> None:
         if mode not in ("r", "r+", "w"):
             raise ValueError(f"mode {mode!r}: use 'r', 'r+' or 'w'")
@@ -62,13 +72,16 @@ class File:
         self._forced = path
         self._paths: dict[Device, Path] = {}
         self._path_name: str | None = None
-        self._native: _native.SourceFile | None = None
+        self._native: Source | None = None
         self.last_transfer: Transfer | None = None
         if isinstance(source, int):
             self._name = f"<file descriptor {source}>" if name is None else name
             self._native = open_descriptor(source, self._name, mode)
+        elif is_namespace(source):
+            opened = open_namespace(source, mode)
+            self._native, self._name = opened, opened.namespace.name
         else:
-            self._name = os.fspath(source)
+            self._name = os.fspath(source)  # type: ignore[arg-type]  # no namespace: see above
             self._path_name = os.path.abspath(self._name)  # for atomic writes, wherever the process goes meanwhile
             self._native = open_path(self._name, mode)
         if path != "auto":
@@ -102,8 +115,10 @@ class File:
         return self._file.fileno()
 
     def close(self) -> None:
-        """Close it. Transfers in flight keep what they need."""
-        self._native = None
+        """Close it. Transfers in flight keep what they need; those of a namespace end with its controller."""
+        source, self._native = self._native, None
+        if isinstance(source, NamespaceSource):
+            source.close()
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +131,7 @@ class File:
         return f"<gpunvme.File {self._name!r}, {state}>"
 
     @property
-    def _file(self) -> _native.SourceFile:
+    def _file(self) -> Source:
         if self._native is None:
             raise ValueError(f"{self._name!r} is closed")
         return self._native
@@ -176,7 +191,7 @@ class File:
         span = checked_span(destination, offset, nbytes, writable=True)
         self._check_range(offset, span.nbytes)
         path = self._path(span.device)
-        order = Order(False, span.device, stream_handle(stream, destination, span.device), timeout)
+        order = Order(False, span.device, stream_handle(stream, destination, span.device), timeout, not wait)
         if span.device.is_gpu:
             check_gpu_span(span, destination)
         if wait and path is HOST:
@@ -316,7 +331,7 @@ class File:
         if not file.writable:
             raise FileError(errno.EBADF, "the file is open for reading only; use mode 'r+' or 'w'", self._name)
         path = self._path(span.device)
-        order = Order(True, span.device, stream_handle(stream, source, span.device), timeout)
+        order = Order(True, span.device, stream_handle(stream, source, span.device), timeout, not wait)
         if span.device.is_gpu:
             check_gpu_span(span, source)
         old_size = self.size
@@ -330,7 +345,7 @@ class File:
             if not success:
                 self._cut_back(old_size, file)
             elif fsync:
-                fsync_file(file.fileno(), self._name)
+                sync_source(file, self._name)
 
         try:
             return self._move(path, order, offset, span, wait, progress, on_done)
@@ -393,7 +408,7 @@ class File:
                 f"{int(places[first]) + nbytes} ({len(bad)} of {len(places)} reads are outside)"
             )
 
-    def _cut_back(self, size: int, file: _native.SourceFile | None = None) -> None:
+    def _cut_back(self, size: int, file: Source | None = None) -> None:
         file = self._file if file is None else file
         if not file.is_block_device and file.size() > size:
             os.ftruncate(file.fileno(), size)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpunvme.arguments import checked_span
 from gpunvme.errors import SpanError
-from gpunvme.memory import CPU, check_gpu_span
-from gpunvme.paths.base import OpenMovement, Order, Part
+from gpunvme.memory import CPU, Span, check_gpu_span
+from gpunvme.paths.base import OpenMovement, Order, Part, Sealable
 from gpunvme.paths.choose import HOST
 from gpunvme.streams import stream_handle
 from gpunvme.transfer import Progress, Transfer, stop
@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 
 # Parts are handed to the engine in batches: large enough to be read as large ranges, small enough that the first
 # ones move while the memory of the last ones is not even allocated.
-_BATCH_BYTES = 256 << 20
+_BATCH_BYTES = 128 << 20
 _BATCH_PARTS = 4096
+
+
+class OwnSpan(Span):
+    """Memory that was allocated here for a read, so that nothing of it has to be checked: there may be thousands."""
+
+    __slots__ = ()
 
 
 def read_many(
@@ -55,31 +61,32 @@ def read_many(
     """
     movement: OpenMovement | None = None
     order: Order | None = None
-    keep: list[Any] = []
     batch: list[Part] = []
+    keep = [batch]
     moving = queued = size = 0
     same: File | None = None
     try:
         for file, start, destination in parts:
             offset = operator.index(start)
-            span = checked_span(destination, offset, None, writable=True)
+            own = type(destination) is OwnSpan
+            span = destination if own else checked_span(destination, offset, None, writable=True)
             if file is not same:  # asking for the size is a system call
                 same, size = file, file.size
             if offset + span.nbytes > size:
                 raise file._out_of_range(offset, span.nbytes)
             if movement is None or order is None:
-                order = Order(False, span.device, stream_handle(stream, destination, span.device), timeout)
+                order = Order(False, span.device, stream_handle(stream, destination, span.device), timeout, not wait)
                 movement = file._path(span.device).begin(order)
             elif span.device != order.device:
                 raise SpanError(f"all destinations must be on one device; got {order.device} and {span.device}")
-            if span.device.is_gpu:
+            if not own and span.device.is_gpu:
                 check_gpu_span(span, destination)
             batch.append(Part(file._file, offset, span))
-            keep.append(batch[-1])
             queued += span.nbytes
             if queued >= _BATCH_BYTES or len(batch) >= _BATCH_PARTS:
                 movement.add(batch)
                 moving, queued, batch = moving + queued, 0, []
+                keep.append(batch)
                 if progress is not None:
                     progress(movement.report().moved_bytes, moving if total is None else total)
         if movement is None or order is None:
@@ -121,7 +128,7 @@ def write_parts(parts: Sequence[tuple[File, int, Any]]) -> Transfer:
 
 
 def carry(
-    movement: OpenMovement,
+    movement: Sealable,
     order: Order,
     nbytes: int,
     keep: object,

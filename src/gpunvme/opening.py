@@ -9,6 +9,8 @@ import stat
 
 from gpunvme import _native
 from gpunvme.errors import FileError, file_error
+from gpunvme.paths.base import Source
+from gpunvme.paths.nvme import NamespaceSource
 from gpunvme.transfer import raise_native
 
 
@@ -58,9 +60,12 @@ def open_descriptor(fd: int, name: str, mode: str) -> _native.SourceFile:
     return file
 
 
-def fsync_file(fd: int, name: str) -> None:
+def sync_source(source: Source, name: str) -> None:
     """Wait until what was written is on the drive."""
+    if isinstance(source, NamespaceSource):
+        source.flush()
+        return
     try:
-        os.fsync(fd)
+        os.fsync(source.fileno())
     except OSError as error:
         raise file_error(error, "fsync", name) from None

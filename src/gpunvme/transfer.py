@@ -216,9 +216,15 @@ class Transfer:
         if self._progress is not None and self._movement.failure() is None:
             self._progress(self._nbytes, self._nbytes)
 
-    def _settle(self) -> None:
-        """Take over the end of the movement, once, in whichever thread comes first."""
-        with self._lock:
+    def _settle(self, *, patient: bool = True) -> None:
+        """Take over the end of the movement, once, in whichever thread comes first.
+
+        Who is not patient leaves it to the thread that is at it, which may be this one: what follows the end may be a
+        transfer of its own.
+        """
+        if not self._lock.acquire(blocking=patient):
+            return
+        try:
             if self._settled or not self._movement.wait(0):
                 return
             self._failure = self._movement.failure()
@@ -230,6 +236,8 @@ class Transfer:
             self._report = self._movement.report()
             self._keep = None
             self._settled = True
+        finally:
+            self._lock.release()
         _forget(self)
 
     def _leave_to_parent(self) -> None:
@@ -274,7 +282,7 @@ def _remember(transfer: Transfer) -> None:
         _unfinished.add(transfer)
     # Those that nobody waited for come to their end, and are let go, here.
     for other in others:
-        other._settle()
+        other._settle(patient=False)
 
 
 def _forget(transfer: Transfer) -> None:

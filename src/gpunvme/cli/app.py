@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import gpunvme
+from gpunvme.cli import nvme, nvme_devices
 from gpunvme.cli.bench import bench
 from gpunvme.cli.copy import copy
 from gpunvme.cli.demo import demo
@@ -71,6 +72,15 @@ def _forget_stdout() -> None:
 
 for _command in (demo, load, copy, info, bench, doctor):
     app.command(epilog=EPILOG)(_reported(_command))
+
+
+_nvme = typer.Typer(no_args_is_help=True, help="NVMe controllers, driven from user space.", epilog=EPILOG)
+_nvme.command("list", epilog=EPILOG)(_reported(nvme_devices.list_controllers))
+for _of_devices in (nvme_devices.topology, nvme_devices.bind, nvme_devices.unbind):
+    _nvme.command(epilog=EPILOG)(_reported(_of_devices))
+for _of_nvme in (nvme.identify, nvme.smart, nvme.regs, nvme.read, nvme.write, nvme.soft):
+    _nvme.command(epilog=EPILOG)(_reported(_of_nvme))
+app.add_typer(_nvme, name="nvme")
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,9 +14,12 @@ from gpunvme.errors import (
     DeadlineExceeded,
     Error,
     FormatError,
+    NvmeError,
     PathError,
     RangeError,
     SpanError,
+    UnsafeDeviceError,
+    UriError,
 )
 
 
@@ -30,6 +33,7 @@ class Exit(enum.IntEnum):
     SYSTEM_REFUSED = 4
     NOT_USABLE = 5
     NOT_INSTALLED = 6
+    UNSAFE = 7
     INTERRUPTED = 130
     BROKEN_PIPE = 141
 
@@ -39,9 +43,10 @@ MEANINGS = {
     Exit.CHECK_FAILED: "a check or a verification failed",
     Exit.USAGE: "the command line makes no sense",
     Exit.BAD_INPUT: "the input is not valid (not a checkpoint, cut off, out of range)",
-    Exit.SYSTEM_REFUSED: "the operating system refused (no such file, I/O error, disk full, no memory)",
+    Exit.SYSTEM_REFUSED: "the operating system or the device refused (no such file, I/O error, disk full, no memory)",
     Exit.NOT_USABLE: "the GPU, or the path asked for by name, cannot be used here",
     Exit.NOT_INSTALLED: "a package that the command needs is not installed",
+    Exit.UNSAFE: "the device is in use or holds data, and nobody said that it may be taken",
     Exit.INTERRUPTED: "Ctrl-C",
     Exit.BROKEN_PIPE: "whoever read the output went away",
 }
@@ -67,6 +72,9 @@ def exit_status(error: BaseException) -> Exit:
         (PathError, Exit.NOT_USABLE),
         (FormatError, Exit.BAD_INPUT),
         (RangeError, Exit.BAD_INPUT),
+        (UriError, Exit.BAD_INPUT),
+        (UnsafeDeviceError, Exit.UNSAFE),
+        (NvmeError, Exit.SYSTEM_REFUSED),
         (SpanError, Exit.BAD_INPUT),
         (DeadlineExceeded, Exit.SYSTEM_REFUSED),
         (OSError, Exit.SYSTEM_REFUSED),

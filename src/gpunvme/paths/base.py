@@ -9,7 +9,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gpunvme import _native
 from gpunvme.memory import Device, Span
 from gpunvme.transfer import Movement
 
@@ -23,10 +22,31 @@ class Verdict:
     reason: str
 
 
-class Part(NamedTuple):
-    """A range of a file, starting at ``offset``, and the memory of the same size that it goes to or comes from."""
+class Source(Protocol):
+    """Where bytes are: an open file (`_native.SourceFile`), or a namespace (`paths.nvme.NamespaceSource`)."""
 
-    file: _native.SourceFile
+    @property
+    def writable(self) -> bool:
+        """Whether it was opened for writing."""
+
+    @property
+    def is_block_device(self) -> bool:
+        """Whether its size is fixed."""
+
+    def size(self) -> int:
+        """Bytes in it now."""
+
+    def fileno(self) -> int:
+        """File descriptor."""
+
+    def reserve(self, offset: int, nbytes: int) -> None:
+        """Make sure, as far as possible, that a range can be written."""
+
+
+class Part(NamedTuple):
+    """A range of a source, starting at ``offset``, and the memory of the same size that it goes to or comes from."""
+
+    file: Source
     offset: int
     span: Span
 
@@ -39,19 +59,24 @@ class Order:
     device: Device
     stream: int | None = None
     timeout: float | None = None
+    background: bool = False  # it goes on without anybody waiting for it
 
 
-class OpenMovement(Movement, Protocol):
-    """A movement that takes parts until it is sealed; what was added moves already."""
+class Sealable(Movement, Protocol):
+    """A movement that has to be told when it is complete."""
+
+    def seal(self) -> None:
+        """Say that nothing more comes."""
+
+
+class OpenMovement(Sealable, Protocol):
+    """A movement that takes parts of sources until it is sealed; what was added may move already."""
 
     def add(self, parts: Sequence[Part]) -> None:
         """Add ranges to be moved."""
 
-    def add_gather(self, file: _native.SourceFile, offsets: NDArray[np.int64], nbytes: int, span: Span) -> None:
+    def add_gather(self, file: Source, offsets: NDArray[np.int64], nbytes: int, span: Span) -> None:
         """Add small reads of ``nbytes`` each, packed in order into ``span``."""
-
-    def seal(self) -> None:
-        """Say that nothing more comes."""
 
 
 class Path(Protocol):
@@ -59,10 +84,10 @@ class Path(Protocol):
 
     name: str
 
-    def verdict(self, file: _native.SourceFile, device: Device) -> Verdict:
+    def verdict(self, file: Source, device: Device) -> Verdict:
         """Say whether it can carry bytes between this file and this device, and if not why."""
 
-    def speed(self, file: _native.SourceFile, device: Device) -> float | None:
+    def speed(self, file: Source, device: Device) -> float | None:
         """Bytes per second that it was seen to reach there in this process, or None."""
 
     def begin(self, order: Order) -> OpenMovement:

@@ -8,12 +8,13 @@ from gpunvme import _native
 from gpunvme.errors import CudaError, PathError
 from gpunvme.memory import Device
 from gpunvme.paths.absent import ABSENT
-from gpunvme.paths.base import Path, Verdict
+from gpunvme.paths.base import Path, Source, Verdict
 from gpunvme.paths.host import HostPath
+from gpunvme.paths.nvme import NvmePath
 
 HOST = HostPath()
 # In the order of the table, which is also the order of preference where no speed was seen yet.
-PATHS: tuple[Path, ...] = (HOST,)
+PATHS: tuple[Path, ...] = (HOST, NvmePath())
 
 
 class Explanation:
@@ -40,7 +41,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(file: _native.SourceFile, device: Device, forced: str = "auto") -> Explanation:
+def explain(file: Source, device: Device, forced: str = "auto") -> Explanation:
     """Ask every path what it can do."""
     verdicts = tuple(path.verdict(file, device) for path in PATHS) + ABSENT
     try:
@@ -50,7 +51,7 @@ def explain(file: _native.SourceFile, device: Device, forced: str = "auto") -> E
     return Explanation(device, verdicts, chosen)
 
 
-def choose(file: _native.SourceFile, device: Device, forced: str = "auto") -> Path:
+def choose(file: Source, device: Device, forced: str = "auto") -> Path:
     """Pick the path for transfers between a file and a device.
 
     Raises
@@ -64,13 +65,19 @@ def choose(file: _native.SourceFile, device: Device, forced: str = "auto") -> Pa
         return _forced(file, device, forced)
     usable = [path for path in PATHS if path.verdict(file, device).usable]
     if not usable:
-        raise CudaError(f"no path reaches {device}: {PATHS[0].verdict(file, device).reason}")
+        raise CudaError(f"no path reaches {device}: {_why_not(file, device)}")
     if len(usable) == 1:
         return usable[0]
     return max(usable, key=lambda path: path.speed(file, device) or 0.0)
 
 
-def _forced(file: _native.SourceFile, device: Device, forced: str) -> Path:
+def _why_not(file: Source, device: Device) -> str:
+    """The reason of the path that is meant for this source."""
+    meant = HOST if isinstance(file, _native.SourceFile) else PATHS[1]
+    return meant.verdict(file, device).reason
+
+
+def _forced(file: Source, device: Device, forced: str) -> Path:
     for path in PATHS:
         if path.name == forced:
             verdict = path.verdict(file, device)

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpunvme import _native
-from gpunvme.errors import Cancelled
+from gpunvme.errors import Cancelled, SpanError
 from gpunvme.memory import Device, Span, address_of
-from gpunvme.paths.base import OpenMovement, Order, Part, Verdict
+from gpunvme.paths.base import OpenMovement, Order, Part, Source, Verdict
 from gpunvme.transfer import Report, error_from_native, format_bytes, raise_native
 
 _ending = False
@@ -44,8 +44,10 @@ class HostPath:
     def __init__(self) -> None:
         self._speeds: dict[tuple[int, Device], float] = {}
 
-    def verdict(self, file: _native.SourceFile, device: Device) -> Verdict:
+    def verdict(self, file: Source, device: Device) -> Verdict:
         """Say whether the device is there; files are always possible."""
+        if not isinstance(file, _native.SourceFile):
+            return Verdict(self.name, False, "a namespace that this process drives is no file of the kernel's")
         if device.is_gpu:
             missing = _native.cuda_unavailable_reason()
             if missing:
@@ -63,7 +65,7 @@ class HostPath:
             how += "; through page-locked host memory and the copy engine"
         return Verdict(self.name, True, how)
 
-    def speed(self, file: _native.SourceFile, device: Device) -> float | None:
+    def speed(self, file: Source, device: Device) -> float | None:
         """Bytes per second of the last large transfer between this file's drive and the device."""
         return self._speeds.get((os.fstat(file.fileno()).st_dev, device))
 
@@ -74,6 +76,8 @@ class HostPath:
     def small_read(self, part: Part, stream: int | None) -> Report | None:
         """Read a little cached data at once, in this thread; None if this has to be a transfer."""
         file, offset, span = part
+        if not isinstance(file, _native.SourceFile):
+            return None
         start = time.perf_counter()
         try:
             if not _native.small_read(file, offset, span.nbytes, span.device.native, stream or 0, span.ptr):
@@ -106,7 +110,9 @@ class HostMovement:
         except _native.Failure as failure:
             raise_native(failure)
 
-    def _number(self, file: _native.SourceFile) -> int:
+    def _number(self, file: Source) -> int:
+        if not isinstance(file, _native.SourceFile):
+            raise SpanError("files and namespaces cannot be parts of one transfer")
         number = self._files.get(file)
         if number is None:
             number = self._files[file] = self._job.add_file(file)
@@ -119,7 +125,7 @@ class HostMovement:
         except _native.Failure as failure:
             raise_native(failure)
 
-    def add_gather(self, file: _native.SourceFile, offsets: NDArray[np.int64], nbytes: int, span: Span) -> None:
+    def add_gather(self, file: Source, offsets: NDArray[np.int64], nbytes: int, span: Span) -> None:
         """Add small reads; ``offsets`` is kept by the caller until the transfer is done."""
         try:
             self._job.add_gather(self._number(file), address_of(offsets), len(offsets), nbytes, span.ptr)

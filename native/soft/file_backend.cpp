@@ -1,0 +1,190 @@
+// Blocks in an image file, by way of the page cache. The image is locked for as long as the controller lives.
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <climits>
+#include <utility>
+#include <vector>
+
+#include "backend.h"
+#include "failure.h"
+
+namespace gpunvme::soft {
+namespace {
+
+// The descriptor of an image being opened, closed where that fails.
+class Opened {
+ public:
+  explicit Opened(int fd) : fd_(fd) {}
+  ~Opened() {
+    if (fd_ >= 0) ::close(fd_);
+  }
+  Opened(const Opened&) = delete;
+  Opened& operator=(const Opened&) = delete;
+  int fd() const { return fd_; }
+  int release() { return std::exchange(fd_, -1); }
+
+ private:
+  int fd_;
+};
+
+[[noreturn]] void refuse(const std::string& path, int error, const std::string& why) {
+  Failure failure(FailureKind::kFile, why);
+  failure.error_number = error;
+  failure.file = path;
+  throw failure;
+}
+
+// What is left of `segments` from byte `done` on.
+void rest_of(const iovec* segments, std::size_t count, std::uint64_t done, std::vector<iovec>& rest) {
+  rest.clear();
+  for (std::size_t i = 0; i < count; ++i) {
+    if (done >= segments[i].iov_len) {
+      done -= segments[i].iov_len;
+      continue;
+    }
+    rest.push_back({static_cast<std::byte*>(segments[i].iov_base) + done, segments[i].iov_len - done});
+    done = 0;
+  }
+}
+
+class FileBackend : public Backend {
+ public:
+  FileBackend(int fd, std::uint64_t size, std::uint64_t identity, bool read_only) {
+    fd_ = fd;
+    size_ = size;
+    identity_ = identity;
+    read_only_ = read_only;
+  }
+  ~FileBackend() override { close(); }
+
+  // The lock goes with the last descriptor of the open file.
+  void close() override {
+    if (fd_ >= 0) ::close(fd_);
+    fd_ = -1;
+  }
+
+  int read(const iovec* segments, std::size_t count, std::uint64_t offset, std::uint64_t nbytes) override {
+    return all(segments, count, nbytes, [&](const iovec* now, int number, std::uint64_t done) {
+      return preadv(fd_, now, number, static_cast<off_t>(offset + done));
+    });
+  }
+
+  int write(const iovec* segments, std::size_t count, std::uint64_t offset, std::uint64_t nbytes,
+            bool durable) override {
+    // RWF_DSYNC writes this range and what is needed to find it again, as O_DSYNC would.
+    return all(segments, count, nbytes, [&](const iovec* now, int number, std::uint64_t done) {
+      return pwritev2(fd_, now, number, static_cast<off_t>(offset + done), durable ? RWF_DSYNC : 0);
+    });
+  }
+
+  int flush() override { return fdatasync(fd_) == 0 ? 0 : errno; }
+
+  int zero(std::uint64_t offset, std::uint64_t nbytes, bool deallocate) override {
+    const auto from = static_cast<off_t>(offset);
+    const auto length = static_cast<off_t>(nbytes);
+    constexpr int kPunch = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+    constexpr int kZero = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
+    if (!deallocate && fallocate(fd_, kZero, from, length) == 0) return 0;
+    if (fallocate(fd_, kPunch, from, length) == 0) return 0;
+    // A file system that can do neither.
+    static const std::vector<std::byte> zeroes(64 << 10);
+    while (nbytes > 0) {
+      const std::uint64_t now = std::min<std::uint64_t>(nbytes, zeroes.size());
+      const iovec segment{const_cast<std::byte*>(zeroes.data()), now};
+      if (const int error = write(&segment, 1, offset, now, false); error != 0) return error;
+      offset += now;
+      nbytes -= now;
+    }
+    return 0;
+  }
+
+  std::uint64_t read_cached(const iovec* segments, std::size_t count, std::uint64_t offset, std::uint64_t) override {
+    const int number = static_cast<int>(std::min<std::size_t>(count, IOV_MAX));
+    const ssize_t got = preadv2(fd_, segments, number, static_cast<off_t>(offset), RWF_NOWAIT);
+    return got > 0 ? static_cast<std::uint64_t>(got) : 0;
+  }
+
+ private:
+  // Calls `move(segments, count, bytes done)` until everything is moved.
+  template <typename Move>
+  static int all(const iovec* segments, std::size_t count, std::uint64_t nbytes, Move move) {
+    std::vector<iovec> rest;
+    const iovec* now = segments;
+    std::size_t number = count;
+    for (std::uint64_t done = 0; done < nbytes;) {
+      const ssize_t moved = move(now, static_cast<int>(std::min<std::size_t>(number, IOV_MAX)), done);
+      if (moved < 0 && errno == EINTR) continue;
+      if (moved < 0) return errno;
+      if (moved == 0) return EIO;  // the image was truncated
+      done += static_cast<std::uint64_t>(moved);
+      if (done == nbytes) break;
+      rest_of(segments, count, done, rest);
+      now = rest.data();
+      number = rest.size();
+    }
+    return 0;
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> open_image(const Options& options) {
+  const std::string& path = *options.path;
+  const int flags = (options.read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK;
+  // Made where there is none and the size is known.
+  const bool may_create = options.size > 0 && !options.read_only;
+  Opened image(::open(path.c_str(), flags | (may_create ? O_CREAT : 0), 0666));
+  if (image.fd() < 0 && errno == ENOENT && options.size == 0) {
+    refuse(path, ENOENT, "there is no such image; give size= to have it made");
+  }
+  if (image.fd() < 0) throw file_failure(errno, "cannot open the image", path);
+
+  struct stat status {};
+  if (fstat(image.fd(), &status) != 0) throw file_failure(errno, "cannot open the image", path);
+  if (!S_ISREG(status.st_mode)) {
+    refuse(path, EINVAL, "not a regular file: a software controller's blocks are kept in one, or in memory");
+  }
+  if (flock(image.fd(), (options.read_only ? LOCK_SH : LOCK_EX) | LOCK_NB) != 0) {
+    if (errno != EWOULDBLOCK) throw file_failure(errno, "cannot lock the image", path);
+    refuse(path, EWOULDBLOCK, "the image is in use by another software controller; close that one first");
+  }
+  // Under the lock: nobody else makes the image larger meanwhile.
+  if (fstat(image.fd(), &status) != 0) throw file_failure(errno, "cannot open the image", path);
+  auto size = static_cast<std::uint64_t>(status.st_size);
+  if (size == 0 && options.size > 0 && !options.read_only) {
+    if (options.size % options.lba_bytes != 0) {
+      refuse(path, EINVAL,
+             "size=" + describe_bytes(options.size) + " is not a whole number of blocks of " +
+                 std::to_string(options.lba_bytes) + " bytes");
+    }
+    if (ftruncate(image.fd(), static_cast<off_t>(options.size)) != 0) {
+      throw file_failure(errno, "cannot make the image " + describe_bytes(options.size) + " large", path);
+    }
+    size = options.size;
+  }
+  if (options.size > size) {
+    refuse(
+        path, EINVAL,
+        "the image is too small: it has " + describe_bytes(size) + ", size= asks for " + describe_bytes(options.size));
+  }
+  if (options.size > 0) size = options.size;
+  if (size % options.lba_bytes != 0) {
+    refuse(path, EINVAL,
+           "the image's " + describe_bytes(size) + " are not a whole number of blocks of " +
+               std::to_string(options.lba_bytes) + " bytes; choose size= or lba= accordingly");
+  }
+  if (size / options.lba_bytes < options.namespaces) {
+    refuse(path, EINVAL,
+           "the image is too small: " + describe_bytes(size) + " for " + std::to_string(options.namespaces) +
+               " namespaces of at least one block of " + std::to_string(options.lba_bytes) + " bytes");
+  }
+  const std::uint64_t identity = status.st_dev * 0x9E3779B97F4A7C15u ^ status.st_ino;
+  return std::make_unique<FileBackend>(image.release(), size, identity, options.read_only);
+}
+
+}  // namespace gpunvme::soft

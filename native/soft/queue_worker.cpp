@@ -1,0 +1,210 @@
+// Submission queues: doorbells, fetching, execution.
+#include "queue_worker.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace gpunvme::soft {
+
+Worker::Worker(Device& device, Admin& admin, IovaTable::Reader& reader, Counters& counters)
+    : device_(device),
+      admin_(admin),
+      reader_(reader),
+      counters_(counters),
+      dma_(device.iova),
+      io_(device, dma_, counters),
+      several_(device.several),
+      uses_ring_(device.backend->memory() == nullptr && device.options.threads > 0) {}
+
+unsigned Worker::pass() {
+  dma_.refresh();
+  unsigned fetched = 0;
+  // Acquire: the queues are as the register side left them before it switched this on.
+  if (device_.serving.load(std::memory_order_acquire)) [[likely]] {
+    fetched = serve(device_.queues.sq(0));
+    const std::uint32_t highest = device_.queues.highest_sq();
+    for (std::uint32_t id = 1; id <= highest; ++id) fetched += serve(device_.queues.sq(id));
+    if (fetched == 0) {
+      counters_.add(Count::kIdlePasses);
+      if (++looked_at_ >= device_.doorbells.ids()) looked_at_ = 0;
+      look_around(looked_at_);
+    }
+  }
+  chores();
+  announce();
+  return fetched;
+}
+
+// Everything that is rarely there to be done.
+void Worker::chores() {
+  if (io_.ring().in_flight() > 0) reap(false);
+  if (device_.waiting_queues.load(std::memory_order_relaxed) != 0) drain_backlogs();
+  if (device_.held.any()) release_held();
+  if (device_.events.due() || admin_.deleting()) {
+    SubmissionQueue& sq = device_.queues.sq(0);
+    if (several_ && !sq.lock.try_lock()) return;
+    for (const std::uint16_t cid : admin_.finished_deletions()) complete(sq, {0, 0, cid, nvme::kStatusSuccess});
+    while (const auto delivery = device_.events.next()) {
+      complete(sq, {delivery->dw0, 0, delivery->cid, nvme::kStatusSuccess});
+    }
+    if (several_) sq.lock.unlock();
+  }
+}
+
+void Worker::announce() {
+  // Reads in flight may still write where an older snapshot said.
+  const std::uint64_t generation = dma_.generation();
+  reader_.announce(io_.ring().in_flight() == 0 ? generation : io_.ring().oldest_generation(generation));
+}
+
+void Worker::go_offline() {
+  while (io_.ring().in_flight() > 0) reap(true);
+  reader_.go_offline();
+}
+
+unsigned Worker::serve(SubmissionQueue& sq) {
+  // Acquire: with the release of who switched the queue on.
+  if (!sq.live.load(std::memory_order_acquire)) return 0;
+  const auto tail = std::atomic_ref<std::uint32_t>(*sq.tail_doorbell).load(std::memory_order_relaxed);
+  if (tail == sq.head.load(std::memory_order_relaxed)) return 0;
+
+  // The admin queue stays locked while its commands are executed: they are executed one at a time. Any other queue is
+  // free for the next worker as soon as its entries have been copied.
+  const bool admin = sq.id == 0;
+  if (several_ && !sq.lock.try_lock()) return 0;
+  const std::uint32_t count = sq.live.load(std::memory_order_relaxed) ? fetch(sq) : 0;
+  if (several_) {
+    sq.unfinished.fetch_add(count, std::memory_order_relaxed);
+    if (!admin) sq.lock.unlock();
+  }
+  if (count > 0) {
+    CompletionQueue& cq = *sq.cq;
+    counters_.add(admin ? Count::kAdminCommands : Count::kCommands, count);
+    for (std::uint32_t i = 0; i < count; ++i) {
+      if (admin) {
+        execute_admin(sq, batch_[i]);
+      } else {
+        execute(sq, batch_[i]);
+      }
+    }
+    signal(cq);
+  }
+  if (several_) {
+    // Release: with the acquire of who deletes the queue. Nothing of it is touched by this worker after this.
+    sq.unfinished.fetch_sub(count, std::memory_order_release);
+    if (admin) sq.lock.unlock();
+  }
+  return count;
+}
+
+// Copies what the host has submitted into `batch_`, as many as can be completed; under the queue's lock.
+std::uint32_t Worker::fetch(SubmissionQueue& sq) {
+  // Acquire: the entries before this tail are written. Their host released it.
+  const auto tail = std::atomic_ref<std::uint32_t>(*sq.tail_doorbell).load(std::memory_order_acquire);
+  std::uint32_t head = sq.head.load(std::memory_order_relaxed);
+  if (tail != sq.tail && accept_tail(sq, tail, head)) sq.tail = tail;
+  std::uint32_t count = std::min((sq.tail >= head ? sq.tail : sq.tail + sq.entries) - head, kBatch);
+  if (count == 0) return 0;
+
+  // Nothing is fetched whose completion could not be posted: the submission queue fills up, and the host notices.
+  CompletionQueue& cq = *sq.cq;
+  std::uint32_t room = 0;
+  if (!cq.waiting.load(std::memory_order_relaxed)) {
+    room = cq.room();
+    if (room < count && refresh_head(cq)) room = cq.room();
+  }
+  if (uses_ring_) room = std::min(room, io_.ring().room());
+  if (room == 0) {
+    if (!sq.waits) counters_.add(Count::kQueueFullWaits);
+    sq.waits = true;
+    return 0;
+  }
+  sq.waits = false;
+  count = std::min(count, room);
+
+  for (std::uint32_t i = 0; i < count; ++i) {
+    const std::byte* const entry = sq.memory.entry(dma_, head, false);
+    if (entry == nullptr) [[unlikely]] {
+      device_.fail();  // commands that cannot be fetched cannot be completed with an error either
+      return 0;
+    }
+    // A copy: the host may change the entry while it is being checked.
+    std::memcpy(&batch_[i], entry, sizeof(nvme::Sqe));
+    head = head + 1 == sq.entries ? 0 : head + 1;
+  }
+  // Release: the copies are made before a completion's SQHD says so.
+  sq.head.store(head, std::memory_order_release);
+  return count;
+}
+
+// Is this a tail that a host may write after `sq.tail`? One that is not is reported, once.
+bool Worker::accept_tail(SubmissionQueue& sq, std::uint32_t tail, std::uint32_t head) {
+  if (tail < sq.entries) {
+    const std::uint32_t added = (tail >= sq.tail ? tail : tail + sq.entries) - sq.tail;
+    const std::uint32_t held = (sq.tail >= head ? sq.tail : sq.tail + sq.entries) - head;
+    if (added + held < sq.entries) {
+      sq.rejected_tail = Doorbells::kUntouched;
+      return true;
+    }
+  }
+  if (tail != sq.rejected_tail) {
+    sq.rejected_tail = tail;
+    report_doorbell(nvme::kEventErrorInvalidDoorbellValue, sq.id);
+  }
+  return false;
+}
+
+void Worker::execute(SubmissionQueue& sq, const nvme::Sqe& sqe) {
+  Ticket ticket{&sq, sqe.cid, {}};
+  if (device_.faults->active()) [[unlikely]] {
+    ticket.decision = device_.faults->decide();
+    if (!begin_faults(sq, ticket.decision)) return;
+  }
+  std::uint16_t status = ticket.decision.error;
+  if (status == nvme::kStatusSuccess) [[likely]]
+    status = io_.execute(sqe, ticket);
+  if (status == IoCommands::kPending) {
+    sq.unfinished.fetch_add(1, std::memory_order_relaxed);
+    return;
+  }
+  finish(sq, {0, sq.id, sqe.cid, status}, ticket.decision);
+}
+
+// Faults that hit before a command is executed. False: it is not.
+bool Worker::begin_faults(SubmissionQueue& sq, Decision& decision) {
+  // After a fault that stops everything, the rest of a batch is not executed.
+  if (!device_.serving.load(std::memory_order_relaxed)) return false;
+  if (!decision.any()) return true;
+  if (decision.has(Fault::kDeviceGone)) {
+    device_.count_fault(Fault::kDeviceGone);
+    device_.gone.store(true);
+    device_.serving.store(false);
+    return false;
+  }
+  if (decision.has(Fault::kCfs)) {
+    device_.count_fault(Fault::kCfs);
+    device_.fail();
+    return false;
+  }
+  if (decision.has(Fault::kError)) device_.count_fault(Fault::kError);
+  if (decision.has(Fault::kCqStall)) {
+    device_.count_fault(Fault::kCqStall);
+    CompletionQueue& cq = *sq.cq;
+    const SpinGuard guard(cq.lock, several_);
+    cq.stalled_until = Clock::now() + std::chrono::seconds(1);
+    if (!cq.waiting.exchange(true)) device_.waiting_queues.fetch_add(1, std::memory_order_relaxed);
+    decision.remove(Fault::kCqStall);
+  }
+  return true;
+}
+
+void Worker::execute_admin(SubmissionQueue& sq, const nvme::Sqe& sqe) {
+  if (!device_.serving.load(std::memory_order_relaxed)) return;
+  const Admin::Result result = admin_.execute(*this, sqe);
+  if (!result.completes) return;
+  Decision decision;
+  if (device_.faults->active()) decision = device_.faults->decide_admin();
+  finish(sq, {result.dw0, 0, sqe.cid, result.status}, decision);
+}
+
+}  // namespace gpunvme::soft

@@ -1,0 +1,74 @@
+// One worker: looks at doorbells, fetches commands, executes them, posts completions. Its unit of work is a pass over
+// all queues; a thread makes passes (crew.h), or a test does, one at a time.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "admin.h"
+#include "device.h"
+#include "io_commands.h"
+
+namespace gpunvme::soft {
+
+class Worker final : public Admin::Worker {
+ public:
+  Worker(Device& device, Admin& admin, IovaTable::Reader& reader, Counters& counters);
+
+  // One pass; the number of commands fetched. Between go_online and go_offline.
+  unsigned pass();
+  // All of the checks that a pass without work makes a few of: invalid doorbells of any queue.
+  void look_everywhere();
+
+  void go_online() { reader_.go_online(); }
+  // Nothing is in flight and no host memory is touched until go_online.
+  void go_offline();
+  bool offline() const { return reader_.offline(); }
+  bool waits_for_drive() { return io_.ring().in_flight() > 0; }
+
+  Dma& dma() override { return dma_; }
+  Counters& counters() override { return counters_; }
+  void complete(SubmissionQueue& sq, const Completion& completion) override;
+
+ private:
+  static constexpr std::uint32_t kBatch = 16;
+
+  unsigned serve(SubmissionQueue& sq);
+  std::uint32_t fetch(SubmissionQueue& sq);
+  bool accept_tail(SubmissionQueue& sq, std::uint32_t tail, std::uint32_t head);
+  void execute(SubmissionQueue& sq, const nvme::Sqe& sqe);
+  void execute_admin(SubmissionQueue& sq, const nvme::Sqe& sqe);
+  bool begin_faults(SubmissionQueue& sq, Decision& decision);
+
+  // Completions, in worker_completions.cpp.
+  void finish(SubmissionQueue& sq, const Completion& completion, const Decision& decision);
+  void finish_badly(SubmissionQueue& sq, const Completion& completion, Decision decision);
+  void post(SubmissionQueue& sq, const Completion& completion);
+  bool write_entry(CompletionQueue& cq, const Completion& completion, std::uint16_t sq_head, Decision decision = {});
+  void queue_up(CompletionQueue& cq, const Completion& completion);
+  void signal(CompletionQueue& cq);
+  bool refresh_head(CompletionQueue& cq);
+  bool refresh_head_locked(CompletionQueue& cq);
+  void drain_backlogs();
+  void release_held();
+  void reap(bool wait);
+  void chores();
+  void look_around(std::uint32_t id);
+  void check_untouched(std::atomic_ref<std::uint32_t> doorbell, std::uint32_t id);
+  void report_doorbell(std::uint8_t information, std::uint32_t id);
+  void announce();
+
+  Device& device_;
+  Admin& admin_;
+  IovaTable::Reader& reader_;
+  Counters& counters_;
+  Dma dma_;
+  IoCommands io_;
+  const bool several_;
+  const bool uses_ring_;
+  std::uint32_t looked_at_ = 0;
+  std::vector<FileRing::Finished> finished_;
+  alignas(64) nvme::Sqe batch_[kBatch];
+};
+
+}  // namespace gpunvme::soft

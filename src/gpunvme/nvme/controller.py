@@ -1,0 +1,557 @@
+"""`Controller`: one NVMe controller, driven by this process."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from gpunvme import _native
+from gpunvme.errors import ControllerError, DeadlineExceeded, NvmeError
+from gpunvme.memory import CPU, Buffer, Device, Span
+from gpunvme.nvme import logs, spec
+from gpunvme.nvme.admin import AdminQueue, command_error
+from gpunvme.nvme.dma import PAGE, DmaMemory, allocate_aligned, io_memory
+from gpunvme.nvme.doorbells import Doorbells
+from gpunvme.nvme.identify import IdentifyController, IdentifyNamespace, namespace_list
+from gpunvme.nvme.queues import IoQueuePair, make_queues, queue_depth
+from gpunvme.nvme.registers import Registers
+from gpunvme.nvme.transport import Transport, connect
+
+if TYPE_CHECKING:
+    from gpunvme.nvme.namespace import Namespace
+
+_ADMIN_DEPTH = 32
+_DATA_BYTES = 4096  # of every Identify data structure and of the log pages that are read here
+# A controller without a limit (MDTS 0) gets commands of at most this many bytes: by then size buys nothing.
+_MOST_BYTES = 1 << 20
+_EVENT_REQUESTS = 4
+_STAGING_BYTES = 16 << 20
+
+
+def open(uri: str, **options: Any) -> Controller:
+    """Take a controller over.
+
+    Parameters
+    ----------
+    uri
+        ``soft:FILE?size=64MiB`` or ``soft:ram?size=64MiB``: a software controller in this process;
+        ``vfio-user:SOCKET``: a controller that another process serves; ``pci:0000:01:00.0``: a function that is bound
+        to vfio-pci.
+    options
+        As for `Controller`.
+
+    Raises
+    ------
+    UriError
+        If the URI cannot be understood.
+    TransportError, FileError
+        If the controller cannot be reached.
+    ControllerError
+        If it does not get ready.
+    """
+    transport = connect(uri)
+    try:
+        return Controller(transport, **options)
+    except BaseException:
+        transport.close()
+        raise
+
+
+class Controller:
+    """An NVMe controller that this process drives. A context manager.
+
+    Parameters
+    ----------
+    transport
+        The way to it; closed with the controller.
+    queues
+        I/O queue pairs to make. The controller may grant fewer.
+    depth
+        Entries of each.
+    max_bytes
+        Largest data transfer of one command; less if the controller's MDTS says so.
+    timeout
+        Seconds that an I/O command may take before it is aborted.
+    admin_timeout
+        Seconds that an admin command may take.
+    overwrite
+        Name of the transport's device (for ``pci:``, its BDF), to allow writing to a namespace that holds a partition
+        table or a file system.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        queues: int = 4,
+        depth: int = 256,
+        max_bytes: int = _MOST_BYTES,
+        timeout: float = 10.0,
+        admin_timeout: float = 10.0,
+        overwrite: str | None = None,
+    ) -> None:
+        if queues < 1 or depth < 2:
+            raise ValueError("a controller needs at least one I/O queue of two entries")
+        if max_bytes < PAGE or timeout <= 0 or admin_timeout <= 0:
+            raise ValueError(f"max_bytes must be at least {PAGE}, and timeouts more than 0")
+        self.transport = transport
+        self.timeout = timeout
+        self.overwrite = overwrite
+        self._wanted = (queues, depth, max_bytes)
+        self._admin_timeout = admin_timeout
+        self._process = os.getpid()
+        self._lock = threading.RLock()  # one at a time changes queues
+        self._command_lock = threading.Lock()  # one at a time uses the data page
+        self._pairs: list[IoQueuePair] = []
+        self._buffers: dict[int, DmaMemory] = {}
+        self._namespaces: dict[int, Namespace] = {}
+        self._staging: dict[bool, _native.IoStaging] = {}
+        self._staging_memory: list[DmaMemory] = []
+        self._closed = False
+        self._dead: NvmeError | None = None
+        self.epoch = 0  # how often the queues were made
+        self.resets = 0
+        self.aborts = 0
+        self.registers = Registers(transport)
+        cap = self.registers.cap
+        self.page_bytes = cap.page_bytes_min
+        self._page_exponent = cap.mpsmin
+        self._doorbells = Doorbells(transport, cap.dstrd, queues + 1)
+        self._admin_memory = allocate_aligned(transport, 3 * self.page_bytes, self.page_bytes)
+        self._data = self._admin_memory.view(2 * self.page_bytes, _DATA_BYTES)
+        try:
+            self._bring_up()
+        except BaseException:
+            self._quiesce()
+            raise
+        _open_controllers.add(self)
+
+    # --- bringing up and down
+
+    def _bring_up(self) -> None:
+        """From any state to ready, with I/O queues."""
+        self.registers.disable()
+        self._doorbells.forget()
+        depth = min(_ADMIN_DEPTH, self.page_bytes // 64)
+        self._admin = AdminQueue(self._admin_memory, depth, self.page_bytes, self._doorbells)
+        self.registers.enable(
+            self._page_exponent, depth, self._admin_memory.iova(), self._admin_memory.iova(self.page_bytes)
+        )
+        self.info = IdentifyController.decode(self._identify(spec.Cns.CONTROLLER))
+        queues, wanted_depth, max_bytes = self._wanted
+        self.max_bytes = min(max_bytes, self.info.max_transfer_bytes(self.page_bytes) or max_bytes)
+        granted = self._set_number_of_queues(queues)
+        depth = queue_depth(wanted_depth, self.registers.cap.queue_entries, self._admin_memory.contiguous)
+        self._pairs = make_queues(granted, lambda queue_id: self._make_queue(queue_id, depth))
+        self.epoch += 1
+        self._request_events()
+
+    def _make_queue(self, queue_id: int, depth: int) -> IoQueuePair:
+        return IoQueuePair(
+            queue_id, depth, self.transport, self._command, self._doorbells, self.page_bytes, self.max_bytes
+        )
+
+    def _set_number_of_queues(self, queues: int) -> int:
+        answer = self.command(
+            spec.AdminOpcode.SET_FEATURES, cdw=(spec.Feature.NUMBER_OF_QUEUES, (queues - 1) << 16 | (queues - 1))
+        )
+        return min(queues, (answer.dw0 & 0xFFFF) + 1, (answer.dw0 >> 16) + 1)
+
+    def _request_events(self) -> None:
+        for _ in range(min(_EVENT_REQUESTS, self.info.aerl + 1) - self._admin.requests_for_events()):
+            self._admin.submit(spec.AdminOpcode.ASYNC_EVENT_REQUEST, event=True)
+
+    def _quiesce(self) -> None:
+        """Make sure that the controller does no DMA any more, then let go of it."""
+        for pair in self._pairs:
+            pair.native.stop()
+        try:
+            self.registers.disable()
+        except NvmeError:
+            self._try_reset()
+        self._doorbells.close()
+        self.transport.close()
+        # Only now: whatever the controller still wanted to write has no way to memory any more.
+        for pair in self._pairs:
+            pair.free()
+        for memory in self._buffers.values():
+            memory.close()
+        for memory in self._staging_memory:
+            memory.close()
+        self._buffers.clear()
+        self._admin_memory.close()
+
+    def _try_reset(self) -> None:
+        try:
+            self.transport.reset()
+        except NvmeError:
+            pass  # it is gone, and so is its DMA
+
+    def close(self) -> None:
+        """Delete the queues, shut the controller down in order, and let go of it. Does nothing the second time."""
+        with self._lock:
+            if self._closed or self._process != os.getpid():
+                return
+            self._closed = True
+            _open_controllers.discard(self)
+            for pair in self._pairs:
+                pair.native.stop()
+            if self._dead is None:
+                try:
+                    for pair in self._pairs:
+                        pair.delete()
+                    self._pairs = []
+                    self.registers.shut_down()
+                except NvmeError:
+                    pass  # the controller is disabled next, which ends whatever it was doing
+            self._quiesce()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.info.mn!r}, {len(self._pairs)} I/O queues"
+        return f"<gpunvme.nvme.Controller {self.transport.uri!r}, {state}>"
+
+    def check_open(self) -> None:
+        """Raise if the controller cannot be used any more.
+
+        Raises
+        ------
+        ValueError
+            If it was closed.
+        NvmeError
+            If it failed for good; the error that it failed with.
+        """
+        if self._closed:
+            raise ValueError(f"the controller {self.transport.uri!r} is closed")
+        if self._process != os.getpid():
+            raise ControllerError("the controller belongs to the parent process; open it in the child to use it there")
+        if self._dead is not None:
+            raise self._dead
+
+    # --- admin commands
+
+    def command(
+        self,
+        opcode: int,
+        *,
+        nsid: int = 0,
+        prp1: int = 0,
+        cdw: tuple[int, ...] = (),
+        timeout: float | None = None,
+    ) -> spec.Cqe:
+        """Send an admin command and wait for its answer.
+
+        Parameters
+        ----------
+        cdw
+            Command dwords 10 and up.
+        timeout
+            Seconds; `admin_timeout` if None.
+
+        Raises
+        ------
+        CommandError
+            If the controller refuses it.
+        DeviceGoneError, ControllerError
+            If the controller is gone or has failed.
+        DeadlineExceeded
+            If it does not answer.
+        """
+        self.check_open()
+        return self._command(opcode, nsid=nsid, prp1=prp1, cdw=cdw, timeout=timeout)
+
+    def _command(
+        self,
+        opcode: int,
+        *,
+        nsid: int = 0,
+        prp1: int = 0,
+        cdw: tuple[int, ...] = (),
+        timeout: float | None = None,
+    ) -> spec.Cqe:
+        limit = self._admin_timeout if timeout is None else timeout
+        cid = self._admin.submit(opcode, nsid, prp1, cdw=cdw)
+        start = time.monotonic()
+        pause = 0.0
+        while (answer := self._admin.answer(cid)) is None:
+            elapsed = time.monotonic() - start
+            if elapsed > 0.001:
+                self.registers.check_alive()
+                pause = min(0.005, pause + 0.0001)
+            if elapsed > limit:
+                self._admin.abandon(cid)
+                raise DeadlineExceeded(f"{self.transport.uri}: no answer to {_name(opcode)} for {limit:.1f} s")
+            time.sleep(pause)
+        if answer.status:
+            raise command_error(f"{self.transport.uri}: {_name(opcode)}", opcode, answer)
+        return answer
+
+    def _data_in(self, opcode: int, nsid: int, cdw: tuple[int, ...], nbytes: int = _DATA_BYTES) -> bytes:
+        with self._command_lock:
+            self._data[:] = bytes(_DATA_BYTES)
+            self.command(opcode, nsid=nsid, prp1=self._admin_memory.iova(2 * self.page_bytes), cdw=cdw)
+            return bytes(self._data[:nbytes])
+
+    def _identify(self, cns: int, nsid: int = 0) -> bytes:
+        return self._data_in(spec.AdminOpcode.IDENTIFY, nsid, (cns,))
+
+    def identify(self) -> IdentifyController:
+        """Ask who it is (Identify Controller)."""
+        self.info = IdentifyController.decode(self._identify(spec.Cns.CONTROLLER))
+        return self.info
+
+    def identify_namespace(self, nsid: int) -> IdentifyNamespace:
+        """Ask what a namespace is like (Identify Namespace)."""
+        return IdentifyNamespace.decode(self._identify(spec.Cns.NAMESPACE, nsid))
+
+    def namespace_ids(self) -> list[int]:
+        """Ids of the active namespaces, ascending."""
+        found: list[int] = []
+        while True:
+            # 1,024 ids at a time, all larger than the one given.
+            last = found[-1] if found else 0
+            page = namespace_list(self._identify(spec.Cns.ACTIVE_NAMESPACES, last), last)
+            found += page
+            if len(page) < 1024:
+                return found
+
+    def namespace(self, nsid: int = 1) -> Namespace:
+        """One namespace.
+
+        Raises
+        ------
+        NvmeError
+            If it does not exist, is not active, or has a format that cannot be used; says which ones there are.
+        """
+        from gpunvme.nvme.namespace import Namespace
+
+        with self._lock:
+            if nsid not in self._namespaces:
+                self._namespaces[nsid] = Namespace(self, nsid)
+            return self._namespaces[nsid]
+
+    def namespaces(self) -> list[Namespace]:
+        """Every active namespace."""
+        return [self.namespace(nsid) for nsid in self.namespace_ids()]
+
+    def get_feature(self, feature: int, *, nsid: int = 0, select: int = 0) -> int:
+        """Value of a feature that fits into a dword; ``select`` 0 is the current one, 1 the default, 2 the saved."""
+        return self.command(spec.AdminOpcode.GET_FEATURES, nsid=nsid, cdw=(select << 8 | feature,)).dw0
+
+    def set_feature(self, feature: int, value: int, *, nsid: int = 0, save: bool = False) -> int:
+        """Set a feature that fits into a dword; return what the controller answers."""
+        return self.command(spec.AdminOpcode.SET_FEATURES, nsid=nsid, cdw=(int(save) << 31 | feature, value)).dw0
+
+    def log_page(self, page: int, nbytes: int, *, nsid: int = spec.NSID_ALL, clear_events: bool = True) -> bytes:
+        """The first ``nbytes`` bytes of a log page, at most 4096; a multiple of 4.
+
+        ``clear_events`` lets the controller report the events again that this page tells about.
+        """
+        if nbytes % 4 or not 0 < nbytes <= _DATA_BYTES:
+            raise ValueError(f"a log page is read in multiples of 4 bytes, at most {_DATA_BYTES}")
+        dwords = nbytes // 4 - 1
+        retain = 0 if clear_events else 1 << 15
+        return self._data_in(spec.AdminOpcode.GET_LOG_PAGE, nsid, ((dwords & 0xFFFF) << 16 | retain | page,), nbytes)
+
+    def smart(self) -> logs.SmartLog:
+        """Health and endurance (SMART / Health Information)."""
+        return logs.SmartLog.decode(self.log_page(spec.LogPage.SMART, 512))
+
+    def error_log(self) -> Sequence[logs.ErrorLogEntry]:
+        """The latest errors that the controller has noted, newest first."""
+        count = min(self.info.elpe + 1, _DATA_BYTES // 64)
+        return logs.decode_error_log(self.log_page(spec.LogPage.ERROR, 64 * count))
+
+    def firmware_log(self) -> logs.FirmwareSlotLog:
+        """Firmware slots."""
+        return logs.FirmwareSlotLog.decode(self.log_page(spec.LogPage.FIRMWARE_SLOT, 512))
+
+    def abort(self, queue_id: int, cid: int, timeout: float | None = None) -> bool:
+        """Ask for a command to be aborted; whether the controller says that it did."""
+        self.aborts += 1
+        answer = self.command(spec.AdminOpcode.ABORT, cdw=(cid << 16 | queue_id,), timeout=timeout)
+        return not answer.dw0 & 1
+
+    def events(self) -> list[spec.AsyncEvent]:
+        """Asynchronous events since the last call. Reading the log page that one names lets it come again."""
+        self.check_open()
+        self._admin.poll()
+        found = []
+        while self._admin.events:
+            found.append(spec.AsyncEvent.decode(self._admin.events.popleft()))
+        self._request_events()
+        return found
+
+    # --- memory
+
+    def buffer(self, nbytes: int, shape: tuple[int, ...] | None = None) -> Buffer:
+        """Host memory that the controller reaches without a copy, until the controller is closed.
+
+        ``shape`` is that of the array of bytes; ``(nbytes,)`` if None.
+
+        Raises
+        ------
+        MemoryError
+            If the transport cannot map as much.
+        """
+        self.check_open()
+        memory = self.transport.allocate(max(nbytes, 1))
+        with self._lock:
+            self._buffers[memory.address] = memory
+        owner = _BufferOwner(memory)
+        weakref.finalize(owner, _release_buffer, weakref.ref(self), memory.address).atexit = False
+        return Buffer(Span(memory.address, nbytes, CPU, True, owner), (nbytes,) if shape is None else shape)
+
+    def find_buffer(self, address: int, nbytes: int) -> DmaMemory | None:
+        """The memory made by `buffer` that holds a range, or None."""
+        with self._lock:
+            for start, memory in self._buffers.items():
+                if start <= address and address + nbytes <= start + memory.nbytes:
+                    return memory
+        return None
+
+    def staging(self, device: Device) -> _native.IoStaging:
+        """Memory that bytes pass through on their way to memory that the controller does not reach.
+
+        GPU transfers have some of their own: theirs may wait behind a stream of the caller's.
+        """
+        with self._lock:
+            staging = self._staging.get(device.is_gpu)
+            if staging is None:
+                slot = max(self.max_bytes, PAGE)
+                memory = allocate_aligned(self.transport, max(_STAGING_BYTES // slot, 2) * slot, self.page_bytes)
+                self._staging_memory.append(memory)
+                staging = self._staging[device.is_gpu] = _native.IoStaging(io_memory(memory), slot)
+            return staging
+
+    # --- I/O queues
+
+    @property
+    def io_queues(self) -> list[_native.IoQueue]:
+        """The I/O queues as they are now."""
+        return [pair.native for pair in self._pairs]
+
+    def queues_now(self) -> tuple[list[_native.IoQueue], int]:
+        """The I/O queues and their epoch, when no reset is going on.
+
+        Raises
+        ------
+        NvmeError
+            If the controller cannot be used any more.
+        """
+        with self._lock:
+            self.check_open()
+            return self.io_queues, self.epoch
+
+    def abort_all(self, stuck: Sequence[tuple[int, int]], epoch: int) -> None:
+        """Ask for commands to be aborted that were not answered in time; whether it works shows in their queues.
+
+        Parameters
+        ----------
+        stuck
+            (queue id, CID) each, already in quarantine.
+        epoch
+            Of the queues that they are in. If there are newer ones, nothing is left to do.
+        """
+        with self._lock:
+            self.check_open()
+            if epoch != self.epoch:
+                return
+            try:
+                self.registers.check_alive()
+                for queue_id, cid in stuck[: self.info.acl + 1]:
+                    self.abort(queue_id, cid, min(self._admin_timeout, self.timeout))
+            except (NvmeError, DeadlineExceeded):
+                pass  # a reset comes next
+
+    def recover(self, epoch: int) -> None:
+        """Reset the controller, unless its queues are newer than ``epoch`` already.
+
+        Raises
+        ------
+        NvmeError
+            If the controller is beyond recovery; it then stays unusable.
+        """
+        with self._lock:
+            self.check_open()
+            if epoch == self.epoch:
+                self._reset_queues()
+
+    def reset(self) -> None:
+        """Reset the controller and make its queues anew. Transfers in flight repeat what was lost.
+
+        Raises
+        ------
+        NvmeError
+            If it does not come back; it then stays unusable.
+        """
+        with self._lock:
+            self.check_open()
+            self._reset_queues()
+
+    def _reset_queues(self) -> None:
+        for pair in self._pairs:
+            pair.native.stop()  # from here on nobody touches queue memory or data of commands in flight
+        self.resets += 1
+        try:
+            try:
+                self.registers.disable()
+            except ControllerError:
+                self.transport.reset()
+                self.registers.disable()
+            pairs, self._pairs = self._pairs, []
+            for pair in pairs:
+                pair.free()
+            for staging in self._staging.values():
+                staging.reclaim()
+            self._bring_up()
+        except (NvmeError, DeadlineExceeded) as error:
+            self._dead = ControllerError(f"the controller could not be reset: {error}")
+            self._dead.__cause__ = error
+            raise self._dead from error
+
+
+def _name(opcode: int) -> str:
+    """What the specification calls an admin command."""
+    try:
+        return spec.AdminOpcode(opcode).name.replace("_", " ").title()
+    except ValueError:
+        return f"admin command {opcode:02X}h"
+
+
+class _BufferOwner:
+    """Keeps the memory of a buffer, even when its controller is closed before it."""
+
+    def __init__(self, memory: DmaMemory) -> None:
+        self.memory = memory
+        self.owner = memory.owner
+
+
+def _release_buffer(reference: weakref.ref[Controller], address: int) -> None:
+    controller = reference()
+    if controller is not None:
+        with controller._lock:
+            memory = controller._buffers.pop(address, None)
+        if memory is not None:
+            memory.close()
+
+
+_open_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for controller in list(_open_controllers):
+        controller.close()
+
+
+atexit.register(_close_all)

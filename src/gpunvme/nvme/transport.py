@@ -1,0 +1,71 @@
+"""What a way to a controller has to offer, and the ways that there are."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from gpunvme.nvme.dma import DmaMemory
+from gpunvme.nvme.uri import Uri, parse_uri
+
+
+class Transport(Protocol):
+    """One way to one controller: its registers, its doorbells, and memory that it can reach.
+
+    Attributes
+    ----------
+    uri
+        What it was opened by.
+    doorbells
+        Address in this process of the doorbells (BAR0 + 0x1000), or None where they can only be written as registers.
+    maps_any_memory
+        Whether `map` works: the controller can be given any memory of this process.
+    bounce_below
+        Transfers of fewer bytes are not worth mapping their memory: they pass through memory that is mapped already.
+    """
+
+    uri: str
+    doorbells: int | None
+    maps_any_memory: bool
+    bounce_below: int
+
+    def read_register(self, offset: int, nbytes: int) -> int:
+        """Read 4 or 8 bytes of BAR0."""
+
+    def write_register(self, offset: int, nbytes: int, value: int) -> None:
+        """Write 4 or 8 bytes of BAR0."""
+
+    def allocate(self, nbytes: int) -> DmaMemory:
+        """New memory that the controller can reach, zeroed, starting at a page."""
+
+    def map(self, address: int, nbytes: int) -> DmaMemory:
+        """Let the controller reach whole pages of this process's memory, until `DmaMemory.close`."""
+
+    def reset(self) -> None:
+        """Reset the function, as far as the way allows it."""
+
+    def close(self) -> None:
+        """Let go of the controller. From here on it can reach no memory of ours."""
+
+
+def connect(uri: str | Uri) -> Transport:
+    """Open the way to a controller that a URI names.
+
+    Raises
+    ------
+    UriError
+        If the URI cannot be understood.
+    TransportError, FileError
+        If the controller cannot be reached.
+    """
+    uri = parse_uri(uri) if isinstance(uri, str) else uri
+    if uri.scheme == "soft":
+        from gpunvme.nvme.soft import SoftTransport
+
+        return SoftTransport(uri)
+    if uri.scheme == "vfio-user":
+        from gpunvme.nvme.vfio_user import VfioUserTransport
+
+        return VfioUserTransport(uri.path)
+    from gpunvme.nvme.vfio import VfioTransport
+
+    return VfioTransport(uri.path, noiommu=uri.options.get("noiommu", False), prefer=uri.options.get("via", "auto"))
