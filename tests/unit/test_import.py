@@ -31,6 +31,7 @@ OURS = {
     "gpunvme.paths.base",
     "gpunvme.paths.choose",
     "gpunvme.paths.host",
+    "gpunvme.paths.nvme",
     "gpunvme.replace",
     "gpunvme.streams",
     "gpunvme.transfer",

@@ -13,6 +13,10 @@ from gpunvme.memory import Device, Span
 from gpunvme.transfer import Movement
 
 
+# Every path that there is, in the order of tables.
+NAMES = ("host", "cufile/nvidia-fs", "cufile/p2pdma", "cufile/compat", "p2pdma", "nvme", "gpu-nvme")
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """Whether a path can carry a transfer, and why or why not."""

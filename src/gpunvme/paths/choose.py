@@ -8,12 +8,12 @@ from gpunvme import _native
 from gpunvme.errors import CudaError, PathError
 from gpunvme.memory import Device
 from gpunvme.paths.absent import ABSENT
-from gpunvme.paths.base import Path, Source, Verdict
+from gpunvme.paths.base import NAMES, Path, Source, Verdict
 from gpunvme.paths.host import HostPath
 from gpunvme.paths.nvme import NvmePath
 
 HOST = HostPath()
-# In the order of the table, which is also the order of preference where no speed was seen yet.
+# In the order of preference where no speed was seen yet.
 PATHS: tuple[Path, ...] = (HOST, NvmePath())
 
 
@@ -43,12 +43,13 @@ class Explanation:
 
 def explain(file: Source, device: Device, forced: str = "auto") -> Explanation:
     """Ask every path what it can do."""
-    verdicts = tuple(path.verdict(file, device) for path in PATHS) + ABSENT
+    verdicts = [*(path.verdict(file, device) for path in PATHS), *ABSENT]
+    verdicts.sort(key=lambda verdict: NAMES.index(verdict.path))
     try:
         chosen = choose(file, device, forced).name
     except (PathError, CudaError):
         chosen = None
-    return Explanation(device, verdicts, chosen)
+    return Explanation(device, tuple(verdicts), chosen)
 
 
 def choose(file: Source, device: Device, forced: str = "auto") -> Path:
