@@ -87,6 +87,33 @@ def measure(load: Callable[[], Any], files: list[str]) -> dict[str, Any]:
     return answer
 
 
+def allocate(files: list[str]) -> dict[str, Any]:
+    """Allocate the memory of a checkpoint's tensors and read nothing.
+
+    Parameters
+    ----------
+    files : list of str
+        The checkpoint.
+
+    Returns
+    -------
+    dict
+        ``seconds``; ``nbytes`` of the files.
+    """
+    sizes = [end - begin for _, begin, end in headers(files).values()]
+    device = torch.device("cuda:0")
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    tensors = [torch.empty(nbytes, dtype=torch.uint8, device=device) for nbytes in sizes]
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    del tensors
+    torch.cuda.empty_cache()
+    return {"seconds": seconds, "nbytes": sum(os.path.getsize(name) for name in files)}
+
+
 def _compare(tensors: dict[str, torch.Tensor], places: dict[str, tuple[str, int, int]]) -> None:
     if tensors.keys() != places.keys():
         raise WrongBytes(f"{len(tensors)} tensors were loaded, the files hold {len(places)}")

@@ -108,6 +108,10 @@ class Checkpoints:
     def load(self, files: list[str]) -> dict[str, Any]:
         return self._loading.measure(lambda: gpunvme.load_file(files, device="cuda:0"), files)
 
+    def allocate(self, files: list[str]) -> dict[str, Any]:
+        """The tensors' memory alone: nothing is read."""
+        return self._loading.allocate(files)
+
 
 class Limits:
     """What the machine gives at most, and the plain readers of :mod:`gpunvme.bench`."""

@@ -37,6 +37,10 @@ std::string load(CudaApi& api) {
   if (api.member == nullptr) return std::string("the CUDA driver is too old: it has no " #symbol);
   GPUNVME_CUDA_FUNCTIONS(GPUNVME_LOAD)
 #undef GPUNVME_LOAD
+#define GPUNVME_LOAD(symbol, member, parameters) \
+  api.member = reinterpret_cast<decltype(api.member)>(dlsym(library, #symbol));
+  GPUNVME_CUDA_OPTIONAL_FUNCTIONS(GPUNVME_LOAD)
+#undef GPUNVME_LOAD
   const CUresult error = api.Init(0);
   if (error == kCudaNotInitialized) return "cuInit refused: this process was forked from one that used CUDA";
   if (error != kCudaSuccess) {

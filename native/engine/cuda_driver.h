@@ -20,6 +20,7 @@ using CUevent = struct CUevent_st*;
 inline constexpr CUresult kCudaSuccess = 0;
 inline constexpr CUresult kCudaNotInitialized = 3;
 inline constexpr CUresult kCudaNotReady = 600;
+inline constexpr CUresult kCudaNotSupported = 801;
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kEventDisableTiming = 2;
 inline constexpr unsigned kHostRegisterPortable = 1;
@@ -27,6 +28,14 @@ inline constexpr int kPointerMemoryType = 2;     // CU_POINTER_ATTRIBUTE_MEMORY_
 inline constexpr int kPointerDeviceOrdinal = 9;  // CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 inline constexpr unsigned kMemoryTypeHost = 1;
 inline constexpr unsigned kMemoryTypeDevice = 2;
+
+// CUmemcpyAttributes: one for all copies of a batch. The locations only matter for memory that can move.
+struct CopyAttributes {
+  int access = 1;  // CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+  int from[2] = {};
+  int to[2] = {};
+  unsigned flags = 0;
+};
 
 // The exported name, the member's name, and the parameters of each function.
 // Functions of version 2 are the ones that cuda.h maps the plain names to.
@@ -62,11 +71,18 @@ inline constexpr unsigned kMemoryTypeDevice = 2;
   X(cuMemcpyDtoHAsync_v2, MemcpyDtoHAsync, (void* to, CUdeviceptr from, std::size_t nbytes, CUstream stream)) \
   X(cuGetErrorName, GetErrorName, (CUresult error, const char** name))                        \
   X(cuGetErrorString, GetErrorString, (CUresult error, const char** text))
+
+// Null where the driver is too old. CUDA 12.8; the plain name keeps the parameters that it had then.
+#define GPUNVME_CUDA_OPTIONAL_FUNCTIONS(X)                                                      \
+  X(cuMemcpyBatchAsync, MemcpyBatchAsync, (CUdeviceptr * to, CUdeviceptr* from, std::size_t* nbytes, std::size_t count, \
+    CopyAttributes* attributes, std::size_t* first_of_attributes, std::size_t attributes_count, std::size_t* failed, \
+    CUstream stream))
 // clang-format on
 
 struct CudaApi {
 #define GPUNVME_DECLARE(symbol, member, parameters) CUresult(*member) parameters;
   GPUNVME_CUDA_FUNCTIONS(GPUNVME_DECLARE)
+  GPUNVME_CUDA_OPTIONAL_FUNCTIONS(GPUNVME_DECLARE)
 #undef GPUNVME_DECLARE
 };
 

@@ -1,4 +1,4 @@
-// The process's workers. Started on first use, as many as CPUs but at most 10; a forked child starts its own.
+// The process's workers. Started on first use, as many as CPUs but at most 14; a forked child starts its own.
 #pragma once
 
 #include <atomic>
@@ -15,7 +15,7 @@ namespace gpunvme {
 
 class Engine {
  public:
-  static constexpr unsigned kMostWorkers = 10;
+  static constexpr unsigned kMostWorkers = 14;
 
   static std::shared_ptr<Engine> instance();
   // Stops every job, waits for what is in flight and joins the workers; the next use starts new ones.

@@ -11,8 +11,8 @@ namespace gpunvme {
 class Slots {
  public:
   static constexpr std::size_t kBlock = 1u << 20;
-  // 8 MiB a worker and at most 10 workers: 80 MiB, two pieces of 4 MiB each. Measured on an H100: as fast as the
-  // page-locked copy; twice as much is slower (it falls out of the CPU's cache) and takes twice as long to page-lock.
+  // Two pieces of 4 MiB a worker. A GPU's copy engine rests for about 3 us after each copy, which smaller pieces feel;
+  // with larger ones the rings fall out of the CPU's cache (docs/performance.md).
   static constexpr int kBlocks = 8;
 
   Slots() = default;

@@ -61,6 +61,7 @@ class Worker {
   // This worker's side of one GPU.
   struct Lane {
     CUstream stream = nullptr;
+    bool batches = true;  // the driver takes many copies in one call
     std::vector<CUevent> spare_events;
     std::deque<Operation*> copying;  // in the order of the stream
     // Jobs' events that the stream was ordered behind; by job too, since an event's address may come again.
@@ -104,6 +105,7 @@ class Worker {
   Lane& lane(const Operation& operation);
   void copy_to_device(Operation& operation);
   void copy_from_device(Operation& operation);
+  void copy_segments(Operation& operation, Lane& lane, bool to_device);
   void begin_copying(Operation& operation, Lane& lane);
   bool take_back_copies();
   bool wait_for_copy();

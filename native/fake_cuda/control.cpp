@@ -14,6 +14,7 @@ bool is_driver_function(std::string_view function) {
 #define FAKE_CUDA_IS(symbol, member, parameters) \
   if (function == without_version(#symbol)) return true;
   GPUNVME_CUDA_FUNCTIONS(FAKE_CUDA_IS)
+  GPUNVME_CUDA_OPTIONAL_FUNCTIONS(FAKE_CUDA_IS)
 #undef FAKE_CUDA_IS
   return false;
 }

@@ -46,13 +46,7 @@ Copy plan(const DriverCall& call, std::uintptr_t device, std::uintptr_t host, st
   return copy;
 }
 
-}  // namespace
-
-extern "C" {
-
-CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, std::size_t nbytes, CUstream stream) {
-  DriverCall call("cuMemcpyHtoDAsync_v2", DriverCall::kContext);
-  if (call.error()) return call.error();
+CUresult copy_to_device(const DriverCall& call, CUdeviceptr to, const void* from, std::size_t nbytes, CUstream stream) {
   Copy copy = plan(call, to, reinterpret_cast<std::uintptr_t>(from), nbytes, stream);
   if (copy.error != kCudaSuccess || nbytes == 0) return copy.error;
   if (copy.kind == HostKind::kPageable) {
@@ -72,9 +66,7 @@ CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, std::size_t nbyt
   return kCudaSuccess;
 }
 
-CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, std::size_t nbytes, CUstream stream) {
-  DriverCall call("cuMemcpyDtoHAsync_v2", DriverCall::kContext);
-  if (call.error()) return call.error();
+CUresult copy_to_host(DriverCall& call, void* to, CUdeviceptr from, std::size_t nbytes, CUstream stream) {
   Copy copy = plan(call, from, reinterpret_cast<std::uintptr_t>(to), nbytes, stream);
   if (copy.error != kCudaSuccess || nbytes == 0) return copy.error;
   copy.operation.work = [=, device = copy.device] { std::memcpy(to, device, nbytes); };
@@ -82,6 +74,38 @@ CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, std::size_t nbytes, CU
   state().sums.bytes_to_host += nbytes;
   const MarkerPtr done = enqueue(*copy.stream, std::move(copy.operation));
   return copy.kind == HostKind::kPageable ? wait_passed(call.lock(), done, copy.stream->device) : kCudaSuccess;
+}
+
+}  // namespace
+
+extern "C" {
+
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, std::size_t nbytes, CUstream stream) {
+  DriverCall call("cuMemcpyHtoDAsync_v2", DriverCall::kContext);
+  return call.error() ? call.error() : copy_to_device(call, to, from, nbytes, stream);
+}
+
+CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, std::size_t nbytes, CUstream stream) {
+  DriverCall call("cuMemcpyDtoHAsync_v2", DriverCall::kContext);
+  return call.error() ? call.error() : copy_to_host(call, to, from, nbytes, stream);
+}
+
+CUresult cuMemcpyBatchAsync(CUdeviceptr* to, CUdeviceptr* from, std::size_t* nbytes, std::size_t count,
+                            CopyAttributes* attributes, std::size_t* first_of_attributes, std::size_t attributes_count,
+                            std::size_t* failed, CUstream stream) {
+  DriverCall call("cuMemcpyBatchAsync", DriverCall::kContext);
+  if (call.error()) return call.error();
+  const bool one_for_all = attributes_count == 1 && first_of_attributes[0] == 0 && attributes[0].access == 1;
+  if (stream == nullptr || count == 0 || !one_for_all) return kInvalidValue;
+  for (std::size_t i = 0; i < count; ++i) {
+    *failed = i;
+    if (nbytes[i] == 0) return kInvalidValue;
+    const CUresult error = find_allocation(to[i], nbytes[i]) != nullptr
+                               ? copy_to_device(call, to[i], reinterpret_cast<const void*>(from[i]), nbytes[i], stream)
+                               : copy_to_host(call, reinterpret_cast<void*>(to[i]), from[i], nbytes[i], stream);
+    if (error != kCudaSuccess) return error;
+  }
+  return kCudaSuccess;
 }
 
 }  // extern "C"

@@ -48,7 +48,7 @@ constexpr ErrorText kErrorTexts[] = {
 // and an undefined symbol when it is loaded otherwise.
 [[gnu::used]] const CudaApi kComplete = {
 #define FAKE_CUDA_NAME(symbol, member, parameters) symbol,
-    GPUNVME_CUDA_FUNCTIONS(FAKE_CUDA_NAME)
+    GPUNVME_CUDA_FUNCTIONS(FAKE_CUDA_NAME) GPUNVME_CUDA_OPTIONAL_FUNCTIONS(FAKE_CUDA_NAME)
 #undef FAKE_CUDA_NAME
 };
 

@@ -28,6 +28,7 @@ namespace gpunvme {
 extern "C" {
 #define FAKE_CUDA_DECLARE(symbol, member, parameters) FAKE_CUDA_API CUresult symbol parameters;
 GPUNVME_CUDA_FUNCTIONS(FAKE_CUDA_DECLARE)
+GPUNVME_CUDA_OPTIONAL_FUNCTIONS(FAKE_CUDA_DECLARE)
 #undef FAKE_CUDA_DECLARE
 }
 }  // namespace gpunvme

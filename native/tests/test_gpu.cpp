@@ -388,6 +388,46 @@ TEST(page_locked_memory_is_bounded) {
   clean.check();
 }
 
+// A checkpoint of small tensors is thousands of copies: one by one they take three times as long as its bytes.
+TEST(many_segments_are_handed_over_at_once) {
+  const Fake& fake = Fake::instance();
+  const TestFile file(4 * kMiB);
+  constexpr std::uint64_t kEach = 3000;
+  constexpr std::uint64_t kApart = 3072;
+  constexpr std::uint64_t kCount = 1300;  // more than fit into one call
+  constexpr int kNotSupported = 801;
+  DeviceMemory memory(0, kApart * kCount);
+  std::vector<Segment> segments;
+  for (std::uint64_t i = 0; i < kCount; ++i) segments.push_back({0, i * kEach, kEach, memory.address() + i * kApart});
+  Bytes expected(kApart * kCount, 0xa5);
+  for (std::uint64_t i = 0; i < kCount; ++i) put(expected, i * kApart, file.bytes, i * kEach, kEach);
+  for (const int error : {0, kNotSupported, kOutOfMemory}) {
+    for (int state = 0; state < 2; ++state) {
+      for (const auto direction : {Job::Direction::kRead, Job::Direction::kWrite}) {
+        Engine::shutdown();
+        fake.reset();
+        file.set_cache(state);
+        memory.put(direction == Job::Direction::kRead ? Bytes(kApart * kCount, 0xa5) : expected);
+        // As often as there can be workers: each has to find out by itself.
+        for (std::uint64_t k = 1; error != 0 && k <= 64; ++k) fake.fail_call("cuMemcpyBatchAsync", k, error);
+        const auto job = make_job(direction, 0);
+        job->add_file(file.source);
+        job->add(segments);
+        const auto failure = seal_and_wait(*job);
+        CHECK(fake.calls("cuMemcpyBatchAsync") > 0);
+        if (error == kOutOfMemory) {
+          CHECK(failure && std::string(failure->what()).find("cuMemcpyBatchAsync") != std::string::npos);
+          continue;
+        }
+        CHECK(!failure);
+        CHECK_EQ(fake.calls("cuMemcpyHtoDAsync") + fake.calls("cuMemcpyDtoHAsync") > kCount / 2, error != 0);
+        CHECK_EQ(first_difference(memory.bytes(), expected), -1);
+        CHECK_EQ(first_difference(read_file(file.path), file.bytes), -1);
+      }
+    }
+  }
+}
+
 // A driver call that is refused once: the job fails and says which, and everything works afterwards.
 TEST(a_refused_call_fails_the_job_and_nothing_else) {
   const Clean clean;

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from gpunvme import _native
 from gpunvme.errors import CudaError, FormatError, SpanError
-from gpunvme.memory import Device
+from gpunvme.memory import CPU, Device, address_of
 from gpunvme.models.dtypes import BY_FRAMEWORK_NAME, DTYPES, Dtype
 from gpunvme.models.header import TensorInfo
 
@@ -26,6 +26,7 @@ class Framework(Protocol):
     """What loading needs of torch or numpy, for one device."""
 
     name: str
+    device: Device
 
     def dtype(self, info: TensorInfo, filename: str) -> Any:
         """Return the framework's dtype for a tensor, or raise `FormatError` naming both."""
@@ -38,6 +39,9 @@ class Framework(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: Any, nbytes: int, offset: int = 0) -> Any:
         """Allocate a tensor that owns its memory, to be filled from file offset ``offset``."""
+
+    def address(self, tensor: Any) -> int:
+        """Return where a contiguous tensor's bytes are."""
 
     def scratch(self, nbytes: int) -> Any:
         """Allocate page-aligned uint8 staging memory."""
@@ -106,7 +110,8 @@ class _Torch:
         import torch
 
         self._torch: Any = torch
-        self._device = str(device)
+        self._device: Any = torch.device(str(device))  # not a string: that is parsed again for every tensor
+        self.device = device
         if device.is_gpu:
             self._check_gpu(device)
 
@@ -145,18 +150,21 @@ class _Torch:
 
     def empty(self, shape: tuple[int, ...], dtype: Any, nbytes: int, offset: int = 0) -> Any:
         torch = self._torch
-        if self._device != "cpu" or nbytes < _OWN_MAPPING or offset % dtype.itemsize:
+        if self.device.is_gpu or nbytes < _OWN_MAPPING or offset % dtype.itemsize:
             return torch.empty(shape, dtype=dtype, device=self._device)
         # set_ makes a tensor that is no view of another and whose storage is exactly its own bytes.
         tensor = torch.empty(0, dtype=dtype, device="cpu")
         return tensor.set_(self._mapped(nbytes, offset).untyped_storage(), 0, shape)
+
+    def address(self, tensor: Any) -> int:
+        return int(tensor.data_ptr())
 
     def _mapped(self, nbytes: int, offset: int) -> Any:
         mapping, skip = _host_memory(nbytes, offset)
         return self._torch.frombuffer(mapping, dtype=self._torch.uint8, count=nbytes, offset=skip)
 
     def scratch(self, nbytes: int) -> Any:
-        if self._device == "cpu":
+        if not self.device.is_gpu:
             return self._mapped(nbytes, 0)
         return self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._device)
 
@@ -165,12 +173,13 @@ class _Torch:
         destination.view(-1)[first : first + values.numel()].copy_(values)
 
     def finish(self) -> None:
-        if self._device != "cpu":
+        if self.device.is_gpu:
             self._torch.cuda.current_stream(self._device).synchronize()
 
 
 class _Numpy:
     name = "np"
+    device = CPU
 
     def __init__(self) -> None:
         import numpy
@@ -209,6 +218,9 @@ class _Numpy:
             return self._numpy.empty(shape, dtype)
         mapping, skip = _host_memory(nbytes, offset)
         return self._numpy.ndarray(shape, dtype, buffer=mapping, offset=skip)
+
+    def address(self, tensor: Any) -> int:
+        return address_of(tensor)
 
     def scratch(self, nbytes: int) -> Any:
         return self._numpy.frombuffer(_host_memory(nbytes, 0)[0], self._numpy.uint8, nbytes)

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from gpunvme.errors import FileError, FormatError, TruncatedError
 from gpunvme.models.dtypes import DTYPES, Dtype
@@ -31,8 +31,7 @@ _ESCAPE = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):  # not a dataclass: that costs twice as much for each of thousands
     """Where one tensor lies and what it is.
 
     Attributes

@@ -121,19 +121,21 @@ def load_entries(
     def parts() -> Iterator[tuple[files.File, int, Any]]:
         # Consumed while earlier parts are already on their way, so allocation costs no time of its own.
         for entry, dtype in pairs:
-            tensor = allocated(entry, dtype, entry.info.nbytes)
-            if entry.info.nbytes:
-                yield entry.file, entry.info.offset, tensor
+            nbytes = entry.info.nbytes
+            tensor = allocated(entry, dtype, nbytes)
+            if nbytes:
+                span = many.OwnSpan(adapter.address(tensor), nbytes, adapter.device, True, tensor)
+                yield entry.file, entry.info.offset, span
 
     def converted(entry: Entry, dtype: Any) -> bool:
         return target is not None and entry.info.dtype.floating and dtype != target
 
-    stage = sum(entry.info.nbytes for entry, dtype in pairs if converted(entry, dtype))
+    stage = 0 if target is None else sum(entry.info.nbytes for entry, dtype in pairs if converted(entry, dtype))
     if not stage:
         transfer = None
         if len(entries) == 1 and total:  # a tensor at a time, as `safe_open` reads: the shortest way counts
-            file, offset, tensor = next(parts())
-            transfer = file.read_into(tensor, offset, progress=progress)
+            file, offset, span = next(parts())
+            transfer = file.read_into(span.owner, offset, progress=progress)
         elif total:
             transfer = many.read_many(parts(), progress=progress, total=total)
         else:
