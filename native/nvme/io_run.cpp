@@ -21,10 +21,12 @@ constexpr unsigned kTurnsPerLook = 64;
 
 std::atomic<std::uint64_t> next_id{1};
 
-std::int64_t now_ns() {
+std::int64_t steady_clock_ns() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
+
+std::int64_t nanoseconds(double seconds) { return static_cast<std::int64_t>(std::clamp(seconds, 0.0, 1e9) * 1e9); }
 
 void rest(unsigned idle) {
   if (idle > kSpins) {
@@ -63,9 +65,11 @@ IoRun::IoRun(Options options, const std::vector<std::shared_ptr<IoQueue>>& queue
       max_bytes_(most_bytes(options)),
       id_(next_id.fetch_add(1)),
       process_(getpid()),
-      timeout_(static_cast<std::int64_t>(options.timeout * 1e9)),
+      timeout_(nanoseconds(options.timeout)),
       staging_(std::move(staging)),
-      start_(now_ns()) {
+      clock_(options.clock != nullptr ? options.clock : &steady_clock_ns),
+      start_(clock_()) {
+  if (queues.empty()) throw std::invalid_argument("a transfer needs a queue");
   attach(queues, true);
 }
 
@@ -110,7 +114,6 @@ void IoRun::check_process() const {
 void IoRun::attach(const std::vector<std::shared_ptr<IoQueue>>& queues, bool retry) {
   check_process();
   std::lock_guard lock(mutex_);
-  if (queues.empty()) throw std::invalid_argument("a transfer needs a queue");
   for (const auto& queue : queues) {
     if (queue->page_bytes() != options_.page_bytes) {
       throw std::invalid_argument("the queue and the transfer disagree about the controller's page size");
@@ -120,6 +123,10 @@ void IoRun::attach(const std::vector<std::shared_ptr<IoQueue>>& queues, bool ret
   for (const Use& use : uses_) {
     if (!stays(use) && !use.queue->stopped()) throw std::invalid_argument("a queue is stopped before it is left");
   }
+  if (queues.empty()) abandoned_ = true;
+  // Completions that were reaped and not looked at may lead to copies.
+  std::optional<CudaContextScope> scope;
+  if (lane_ != nullptr) scope.emplace(device_);
   for (auto use = uses_.begin(); use != uses_.end();) {
     if (stays(*use)) {
       ++use;
@@ -172,8 +179,8 @@ IoRun::State IoRun::drive(double seconds) {
   }
   std::optional<CudaContextScope> scope;
   if (lane_ != nullptr) scope.emplace(device_);
-  now_ = now_ns();
-  const std::int64_t end = now_ + static_cast<std::int64_t>(std::min(seconds, 1e9) * 1e9);
+  now_ = clock_();
+  const std::int64_t end = now_ + nanoseconds(seconds);
   unsigned idle = 0;
   for (unsigned turn = 1;; ++turn) {
     if (a_queue_stopped()) return State::kStopped;
@@ -183,8 +190,8 @@ IoRun::State IoRun::drive(double seconds) {
     if (in_flight_ == 0 && is_done()) return finish();
     idle = progress ? 0 : idle + 1;
     if (idle != 0) rest(idle);
-    if (turn % kTurnsPerLook != 0 && idle <= kSpins) continue;
-    now_ = now_ns();
+    if (turn % kTurnsPerLook != 0 && idle <= kSpins && seconds > 0) continue;
+    now_ = clock_();
     look_after_stuck();
     if (expire()) return State::kTimeout;
     if (now_ < end) continue;
@@ -207,7 +214,7 @@ bool IoRun::is_done() const {
 }
 
 IoRun::State IoRun::finish() {
-  if (counts_.seconds == 0) counts_.seconds = static_cast<double>(now_ns() - start_) / 1e9;
+  if (counts_.seconds == 0) counts_.seconds = static_cast<double>(clock_() - start_) / 1e9;
   if (error_ != nullptr) std::rethrow_exception(error_);
   return State::kDone;
 }
@@ -215,8 +222,12 @@ IoRun::State IoRun::finish() {
 // Puts commands that are past their deadline into quarantine. True if there were any.
 bool IoRun::expire() {
   bool any = false;
+  const auto is_late = [this](const Use& use) { return use.oldest != nullptr && use.oldest->deadline <= now_; };
   for (Use& use : uses_) {
-    while (use.oldest != nullptr && use.oldest->deadline <= now_) {
+    // What has come is not late, however long this thread was away.
+    while (is_late(use) && reap(use)) {
+    }
+    while (is_late(use)) {
       Command& command = *use.oldest;
       Completion completion;
       if (use.queue->pair().quarantine(command.cid)) {
@@ -310,7 +321,7 @@ IoRun::Counts IoRun::counts() const {
   check_process();
   std::lock_guard lock(mutex_);
   Counts counts = counts_;
-  if (counts.seconds == 0) counts.seconds = static_cast<double>(now_ns() - start_) / 1e9;
+  if (counts.seconds == 0) counts.seconds = static_cast<double>(clock_() - start_) / 1e9;
   return counts;
 }
 

@@ -35,8 +35,9 @@ class IoRun {
     std::uint32_t cdw12 = 0;  // flags of theirs: FUA and the like
     double timeout = 30;      // seconds a command may take
     std::uint32_t depth = 0;  // commands in flight at most; 0: as many as the queues hold
-    std::optional<std::uint64_t>
-        stream;  // GPU memory is touched after what is queued on this CUstream when it is added
+    // A CUstream: GPU memory is touched after what is queued there when it is added.
+    std::optional<std::uint64_t> stream;
+    std::int64_t (*clock)() = nullptr;  // nanoseconds; null: a steady clock
   };
   enum class State {
     kRunning,
@@ -93,7 +94,8 @@ class IoRun {
   // at a time.
   State drive(double seconds);
   // Goes on with other queues. Those that are not among them must be stopped, their controller reset or the queues
-  // deleted: commands that were in flight there are submitted again, or else fail (kLost).
+  // deleted: commands that were in flight there are submitted again, or else fail (kLost). With no queues at all the
+  // run is abandoned.
   void attach(const std::vector<std::shared_ptr<IoQueue>>& queues, bool retry);
   // Submits nothing more; drive() says kDone once everything in flight is back.
   void abandon();
@@ -198,7 +200,8 @@ class IoRun {
   const pid_t process_;
   const std::int64_t timeout_;  // ns
   const std::shared_ptr<IoStaging> staging_;
-  const std::int64_t start_;  // ns, of a steady clock
+  std::int64_t (*const clock_)();  // ns
+  const std::int64_t start_;
 
   mutable std::mutex mutex_;
   std::deque<Work> works_;

@@ -141,7 +141,7 @@ unsigned Crew::step() {
     if (stopping_) return 0;
   }
   const unsigned fetched = worker.pass();
-  worker.look_everywhere();
+  if (fetched == 0) worker.look_everywhere();
   worker.go_offline();
   return fetched;
 }

@@ -53,6 +53,7 @@ auto nguid(const Device& device, std::uint32_t nsid) { return local_id<16>(devic
 void controller(const Device& device, Page& page) {
   nvme::IdentifyController data{};
   const Options& options = device.options;
+  data.vid = data.ssvid = kPciVendor;
   put_text(data.sn, sizeof data.sn, device.serial.c_str());
   put_text(data.mn, sizeof data.mn, kModel);
   put_text(data.fr, sizeof data.fr, kFirmware);
@@ -138,8 +139,8 @@ void list_controllers(std::uint16_t from, Page& page) {
 
 // Independent of the command set (Base 2.0, 5.17.2.8): all that is not zero of it.
 void independent(const Device& device, Page& page) {
-  page[10] = static_cast<std::byte>(device.backend->read_only() ? 1 : 0);  // NSATTR
-  page[14] = std::byte{1};                                                 // NSTAT: ready
+  page[8] = static_cast<std::byte>(device.backend->read_only() ? 1 : 0);  // NSATTR
+  page[14] = std::byte{1};                                                // NSTAT: ready
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ namespace gpunvme::soft {
 
 inline constexpr char kModel[] = "gpunvme software controller";
 inline constexpr char kFirmware[] = "soft-1";
+inline constexpr std::uint16_t kPciVendor = 0x1AF4;  // as the PCI function that stands before it, nvme/pci_config.py
 inline constexpr std::uint16_t kControllerId = 1;
 inline constexpr std::uint16_t kWarningTemperature = 343;  // kelvin
 inline constexpr std::uint16_t kCriticalTemperature = 353;

@@ -85,9 +85,9 @@ struct alignas(64) CompletionQueue {
 
   // Entries that could be posted now. One stays free: full and empty would look alike.
   std::uint32_t room() const {
-    const std::uint32_t used =
-        (tail.load(std::memory_order_relaxed) + entries - head.load(std::memory_order_relaxed)) % entries;
-    return entries - 1 - used;
+    const std::uint32_t next = tail.load(std::memory_order_relaxed);
+    const std::uint32_t first = head.load(std::memory_order_relaxed);
+    return entries - 1 - ((next >= first ? next : next + entries) - first);
   }
   void clear();
 };

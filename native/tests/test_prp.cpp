@@ -127,16 +127,23 @@ void check_pages(std::uint64_t page, std::uint64_t pages) {
 
 }  // namespace
 
-TEST(prp_unaligned_first_entry_in_one_page) {
-  for (std::uint64_t offset = 0; offset < 4096; offset += 4) check_prps(4096, offset, 4096 - offset);
+TEST(prp_unaligned_first_entry) {
+  for (std::uint64_t offset = 0; offset < 4096; offset += 4) {
+    for (const std::uint64_t pages : {1u, 2u, 3u}) check_prps(4096, offset, pages * 4096 - offset);
+    check_prps(4096, offset, 4);
+  }
   check_pages(4096, 1);
 }
 
 TEST(prp_exactly_two_pages_need_no_list) {
   for (std::uint64_t offset = 0; offset < 4096; offset += 4) check_prps(4096, offset, 8192 - offset);
   check_pages(4096, 2);
-  // Two pages that an offset makes three.
+  // Also where there is memory for one.
   Lists lists(1, 4096);
+  PrpBuilder two(lists.list(), 4096);
+  CHECK_EQ(two.add(0x10200, 4096), 4096u);
+  CHECK_EQ(two.prp2(), 0x11000u);
+  // Two pages that an offset makes three.
   PrpBuilder builder(lists.list(), 4096);
   CHECK_EQ(builder.add(0x10200, 8192), 8192u);
   CHECK_EQ(builder.prp2(), lists.list().iovas[0]);

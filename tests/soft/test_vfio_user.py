@@ -11,13 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import vfio_user_fakes as fakes
-from vfio_user_fakes import PATIENCE, FakeController, eventually, open_fds, serving
+from vfio_user_fakes import PATIENCE, FakeController, eventually, serving
 
 from gpunvme.errors import TransportError
 from gpunvme.nvme import pci_config
@@ -25,6 +26,8 @@ from gpunvme.nvme.vfio_user import VfioUserTransport, arenas
 
 controller = pytest.fixture(fakes.make_controller)
 path = pytest.fixture(fakes.make_path)
+# Children here do nothing that a lock of another thread could stop; Python 3.12 warns all the same.
+FORKS = pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
 no_descriptor_stays_open = pytest.fixture(autouse=True)(fakes.no_descriptor_stays_open)
 
 # ---- One client and one server
@@ -204,7 +207,6 @@ def test_a_client_that_drops_its_transport_is_gone(path: Path, controller: FakeC
         transport = VfioUserTransport(path)
         transport.allocate(4096)
         del transport
-        open_fds()  # collects garbage
         eventually(lambda: controller.resets == 1 and not controller.maps)
 
 
@@ -295,6 +297,7 @@ def test_a_server_that_dies_is_noticed_and_can_be_replaced(path: Path) -> None:
     controller.close()
 
 
+@FORKS
 def test_a_forked_child_does_not_disturb_its_parent(path: Path, controller: FakeController) -> None:
     with serving(path, controller), contextlib.closing(VfioUserTransport(path)) as transport:
         memory = transport.allocate(4096)
@@ -306,8 +309,7 @@ def test_a_forked_child_does_not_disturb_its_parent(path: Path, controller: Fake
                 with pytest.raises(TransportError, match="after a fork"):
                     transport.read_register(8, 4)
                 memory.close()
-                del transport
-                open_fds()
+                transport.close()
                 failed = 0
             finally:
                 os._exit(failed)
@@ -334,28 +336,29 @@ def test_what_is_no_server_is_said(tmp_path: Path) -> None:
     datagrams.close()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become somebody else")
-def test_a_socket_of_somebody_else_is_said(path: Path, controller: FakeController, tmp_path: Path) -> None:
-    for directory in (tmp_path, *tmp_path.parents):
-        if directory.stat().st_mode & 0o1 == 0 and directory.stat().st_uid == 0 and len(directory.parts) > 2:
-            directory.chmod(directory.stat().st_mode | 0o5)
-    with serving(path, controller):
-        child = os.fork()
-        if child == 0:
-            failed = 1
-            try:
-                os.setuid(65534)
-                with pytest.raises(TransportError, match="no permission"):
-                    VfioUserTransport(path)
-                failed = 0
-            finally:
-                os._exit(failed)
-        assert os.waitpid(child, 0)[1] == 0
+@FORKS
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody else")
+def test_a_socket_of_somebody_else_is_said(controller: FakeController) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "s"
+        Path(folder).chmod(0o755)
+        with serving(path, controller):
+            child = os.fork()
+            if child == 0:
+                failed = 1
+                try:
+                    os.setuid(65534)
+                    with pytest.raises(TransportError, match="no permission"):
+                        VfioUserTransport(path)
+                    failed = 0
+                finally:
+                    os._exit(failed)
+            assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_socket_in_use_is_not_taken_over(path: Path, controller: FakeController) -> None:
     with serving(path, controller):
-        with pytest.raises(TransportError, match="another server listens there"), serving(path, controller):
+        with pytest.raises(TransportError, match="another server is listening there"), serving(path, controller):
             pass
         with contextlib.closing(VfioUserTransport(path)) as transport:
             assert transport.read_register(8, 4) == 0x00020000

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import vfio_user_fakes as fakes
@@ -93,6 +94,36 @@ def test_a_server_that_never_stops_asking_is_given_up(path: Path) -> None:
             connection.send(messages.Header(1, Command.DMA_READ, 0, 0x10), bytes(16), deadline=time.monotonic() + 1)
 
     play(path, answering(Command.DEVICE_GET_INFO, wrong), r"no answer to DEVICE_GET_INFO for 0\.3 s", timeout=0.3)
+
+
+def test_a_server_that_hangs_in_the_middle_of_a_question_is_given_up(path: Path) -> None:
+    def script(connection: Channel) -> None:
+        while True:
+            with take(connection) as message:
+                reply(connection, message, fakes.good_answer(message))
+                if message.header.command == Command.REGION_WRITE:
+                    connection._socket.send(messages.Header(1, Command.DMA_READ, 32).pack())  # and no more
+
+    def is_being_taken() -> bool:
+        free = transport._connection._lock.acquire(blocking=False)
+        if free:
+            transport._connection._lock.release()
+        return not free
+
+    with scripted(path, script), contextlib.closing(VfioUserTransport(path, timeout=0.2)) as transport:
+        eventually(is_being_taken)
+        with pytest.raises(TransportError, match=r"no answer to REGION_READ for 0\.2 s.*middle of a message"):
+            transport.read_register(8, 4)
+
+
+def test_a_server_that_asks_faster_than_we_answer_is_given_up(path: Path) -> None:
+    question = messages.Header(1, Command.DMA_READ, 32, messages.HeaderFlag.NO_REPLY)
+    script = answering(Command.DMA_READ, lambda *_: None)
+    with scripted(path, script), contextlib.closing(VfioUserTransport(path, timeout=0.2)) as transport:
+        asked = Message(question, bytes(16), [])
+        asking = mock.patch.object(transport._connection._channel, "receive", return_value=asked)
+        with asking, pytest.raises(TransportError, match=r"no answer to REGION_READ for 0\.2 s"):
+            transport.read_register(8, 4)
 
 
 @pytest.mark.parametrize("already", [0, 5, 16, 20])

@@ -104,7 +104,7 @@ def test_mappings_are_taken_back_as_they_were_given(path: Path, controller: Fake
         assert not controller.maps
 
 
-def test_interrupts_are_signalled_and_taken_back(path: Path, controller: FakeController) -> None:
+def test_interrupts_are_signalled_and_taken_back(path: Path, controller: FakeController, memfd: int) -> None:
     def set_irqs(
         flags: int, start: int, number: int, *, fds: list[int] | None = None, data: bytes = b"", kind: int = 2
     ) -> None:
@@ -141,7 +141,21 @@ def test_interrupts_are_signalled_and_taken_back(path: Path, controller: FakeCon
             set_irqs(flag.DATA_EVENTFD | flag.ACTION_TRIGGER, 0, 1, fds=eventfds[:1], kind=0)
         with refused(errno.EINVAL):
             connection.request(Command.DEVICE_GET_IRQ_INFO, payloads.IrqInfo(16, kind=3).pack())
+        with refused(errno.EINVAL):  # writing to it might never end
+            set_irqs(flag.DATA_EVENTFD | flag.ACTION_TRIGGER, 0, 1, fds=[memfd])
         assert not controller.interrupts
+        # A counter that is full takes no more, and nobody waits for it.
+        full = os.eventfd(0)
+        os.eventfd_write(full, (1 << 64) - 2)
+        set_irqs(flag.DATA_EVENTFD | flag.ACTION_TRIGGER, 0, 1, fds=[full])
+        set_irqs(flag.DATA_NONE | flag.ACTION_TRIGGER, 0, 1)
+        os.close(full)
+        # A controller that fails half way keeps what it took, and no descriptor is lost.
+        controller.fails_at = 3
+        with refused(errno.EIO):
+            set_irqs(flag.DATA_EVENTFD | flag.ACTION_TRIGGER, 2, 3, fds=eventfds)
+        assert sorted(controller.interrupts) == [0, 2]
+        controller.fails_at = -1
     for fd in eventfds:
         os.close(fd)
 
@@ -211,7 +225,8 @@ def test_region_info_fits_into_the_room_that_there_is(path: Path, controller: Fa
     with serving(path, controller), speaking(path) as connection:
         with ask(32) as answer:
             info = payloads.RegionInfo.unpack(answer.payload)
-            assert (len(answer.payload), info.argsz, info.areas, answer.fd_count) == (32, 64, None, 0)
+            assert (len(answer.payload), info.argsz, info.areas, answer.fd_count) == (32, 64, (), 0)
+            assert 32 <= info.cap_offset <= 64  # QEMU asks for that, before it asks again
         with ask(64) as answer:
             info = payloads.RegionInfo.unpack(answer.payload)
             assert (len(answer.payload), info.areas, answer.fd_count) == (64, ((0x1000, 4096),), 1)
@@ -268,6 +283,7 @@ def test_a_client_that_is_none_is_dropped(path: Path, controller: FakeController
             if first == "nothing":
                 sock.shutdown(socket.SHUT_WR)
             sock.settimeout(PATIENCE)
-            assert sock.recv(100) == b""
+            with contextlib.suppress(ConnectionResetError):  # where the server did not even read all of it
+                assert sock.recv(100) == b""
         with contextlib.closing(VfioUserTransport(path)) as transport:
             assert transport.read_register(8, 4) == 0x00020000

@@ -34,6 +34,7 @@ class FakeController:
         self.maps: dict[int, tuple[int, int, bool, bool]] = {}
         self.interrupts: dict[int, int] = {}
         self.resets = 0
+        self.fails_at = -1  # a vector whose interrupt cannot be set
 
     def value(self, offset: int, nbytes: int) -> int:
         """What a register holds."""
@@ -59,7 +60,8 @@ class FakeController:
         assert self.maps.pop(iova)[0] == nbytes
 
     def set_interrupt(self, vector: int, eventfd: int) -> None:
-        self.log.append(("interrupt", vector, eventfd >= 0))
+        if vector == self.fails_at:
+            raise RuntimeError("this vector cannot be set")
         if vector in self.interrupts:
             os.close(self.interrupts.pop(vector))
         if eventfd >= 0:
@@ -174,12 +176,23 @@ def good_answer(message: Message, *, class_code: int = 0x010802) -> bytes:
 
 def open_fds() -> set[str]:
     """The descriptors of this process, by what they are."""
-    gc.collect()
     found = set()
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             found.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
     return {each for each in found if not each.endswith("/fd")}
+
+
+def settle(before: set[str]) -> None:
+    """Wait for threads that end; then no descriptor may be there that was not there before."""
+    give_up = time.monotonic() + PATIENCE
+    pause = 0.005
+    while open_fds() - before and time.monotonic() < give_up:
+        time.sleep(pause)
+        if pause > 0.1:
+            gc.collect()
+        pause = min(2 * pause, 0.5)
+    assert open_fds() - before == set()
 
 
 # ---- Fixtures, for modules to take by name
@@ -205,10 +218,7 @@ def make_memfd() -> Iterator[int]:
 def no_descriptor_stays_open() -> Iterator[None]:
     before = open_fds()
     yield
-    give_up = time.monotonic() + PATIENCE
-    while open_fds() - before and time.monotonic() < give_up:
-        time.sleep(0.01)  # threads that end
-    assert open_fds() - before == set()
+    settle(before)
 
 
 def eventually(condition: Callable[[], object]) -> None:

@@ -95,6 +95,23 @@ def test_a_drive_in_use_is_not_touched(tmp_path: Path) -> None:
     assert (kernel.writes, kernel.loaded) == ([], [])
 
 
+def test_namespaces_that_appear_late_are_looked_at_too(tmp_path: Path) -> None:
+    # The kernel finds them one by one. The second one is mounted as soon as it is there.
+    tree = simple(tmp_path)
+
+    class Late(Kernel):
+        def load_module(self, module: str) -> str:
+            tree.controller(entries=("nvme0n1", "nvme0n2"))
+            tree.block("nvme0n2", "259:9", nsid=2)
+            tree.mounts("40 1 259:9 / /mnt rw - ext4 /dev/nvme0n2 rw")
+            return super().load_module(module)
+
+    kernel = Late(tmp_path)
+    with pytest.raises(UnsafeDeviceError, match="nvme0n2 is mounted at /mnt"):
+        bind(BDF, machine=kernel)
+    assert kernel.writes == []
+
+
 def test_a_drive_with_data_needs_its_name(tmp_path: Path) -> None:
     data = bytearray(MIB)
     data[:4] = b"XFSB"
@@ -211,6 +228,12 @@ def test_a_driver_that_let_go_by_itself_is_no_error(tmp_path: Path) -> None:
             (tmp_path / WHERE[1:] / "driver").unlink()
 
     assert bind(BDF, machine=Kernel(tmp_path, before=before)).after == "vfio-pci"
+
+
+def test_unbind_clears_what_an_interrupted_bind_has_left(tmp_path: Path) -> None:
+    simple(tmp_path).file(f"{WHERE}/driver_override", "vfio-pci")
+    assert not unbind(BDF, machine=Kernel(tmp_path)).changed
+    assert override_of(tmp_path) == "(null)"
 
 
 def test_unbind_waits_until_the_controller_is_live(tmp_path: Path) -> None:

@@ -183,6 +183,10 @@ def write(
     output.line(str(transfer))
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def soft(
     image: Annotated[
         str,
@@ -204,7 +208,11 @@ def soft(
 
     controller = soft_controller(parse_uri(image if image.startswith("soft:") else f"soft:{image}"))
     try:
-        print(f"serving {image} at {socket}", file=sys.stderr, flush=True)
-        serve(socket, controller)
+        serve(
+            socket,
+            controller,
+            ready=lambda: _say(f"serving {image} at {socket}"),
+            report=_say,
+        )
     finally:
         controller.stop()

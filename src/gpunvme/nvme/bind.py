@@ -91,21 +91,21 @@ def bind(
     if function.driver == driver:
         return Change(address, driver, driver, ())
     _check_iommu(function, noiommu)
-    with Claim(address, machine) as claim:
-        # Before anything is touched, modules included; and again held until the kernel's driver is gone.
-        claim.check(overwrite)
-        _need_driver(driver, timeout, machine)
-        if noiommu and function.iommu_group is None:
-            _allow_noiommu(machine)
-        if tuple(namespace_names(address, machine)) != claim.namespaces:
-            raise TransportError(f"{address}: namespaces came or went while it was looked at; try again")
-        try:
-            _hand_over(function, driver, timeout, machine)
-            _wait_for_nodes(address, timeout, machine)
-        except BaseException as error:
-            _roll_back(function, timeout, machine, error)
-            raise
-    return Change(address, function.driver, driver, claim.namespaces)
+    give_up = time.monotonic() + timeout
+    while True:
+        with Claim(address, machine) as claim:
+            # Before anything is touched, modules included; and held until the kernel's driver is gone.
+            claim.check(overwrite)
+            _need_driver(driver, timeout, machine)
+            if noiommu and function.iommu_group is None:
+                _allow_noiommu(machine)
+            # The kernel finds namespaces one by one: what was not there yet was not looked at.
+            if tuple(namespace_names(address, machine)) == claim.namespaces:
+                _take(function, driver, timeout, machine)
+                return Change(address, function.driver, driver, claim.namespaces)
+        if time.monotonic() >= give_up:
+            raise TransportError(f"{address}: namespaces come and go while they are looked at; see dmesg")
+        time.sleep(_STEP)
 
 
 def unbind(bdf: str, *, timeout: float = 10.0, machine: Machine | None = None) -> Change:
@@ -136,6 +136,9 @@ def unbind(bdf: str, *, timeout: float = 10.0, machine: Machine | None = None) -
         _check_unused(function, machine)
         _need_driver(KERNEL_DRIVER, timeout, machine)
         _hand_over(function, None, timeout, machine)
+    elif machine.read(f"{folder_of(address)}/driver_override") not in {None, "", "(null)"}:
+        # Whoever was interrupted between two steps has left it; the next probe would go elsewhere.
+        _write(f"{folder_of(address)}/driver_override", "\n", timeout, machine)
     _wait(
         lambda: machine.read(f"{folder_of(address)}/nvme/{controller_name(address, machine)}/state") == "live",
         timeout,
@@ -238,6 +241,16 @@ def vfio_nodes(address: str, machine: Machine) -> list[str]:
 
 
 # --- the change itself
+
+
+def _take(function: Function, driver: str, timeout: float, machine: Machine) -> None:
+    """Move a function to a driver for user space, or leave it where it was."""
+    try:
+        _hand_over(function, driver, timeout, machine)
+        _wait_for_nodes(function.address, timeout, machine)
+    except BaseException as error:
+        _roll_back(function, timeout, machine, error)
+        raise
 
 
 def _hand_over(function: Function, driver: str | None, timeout: float, machine: Machine) -> None:

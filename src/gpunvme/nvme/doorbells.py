@@ -24,6 +24,7 @@ _NAP = 0.00005
 
 class _Registers(Protocol):
     doorbells: int | None
+    doorbells_nbytes: int
 
     def write_register(self, offset: int, nbytes: int, value: int) -> None: ...
 
@@ -48,7 +49,10 @@ class Doorbells:
         self._transport = transport
         self._stride = 4 << stride_exponent
         self._forwarder: _Forwarder | None = None
-        if transport.doorbells is None:
+        self._mapped = transport.doorbells
+        if transport.doorbells_nbytes < 2 * queues * self._stride:
+            self._mapped = None  # some would lie outside of what is mapped
+        if self._mapped is None:
             self._forwarder = _Forwarder(transport, self._stride, 2 * queues)
 
     @property
@@ -67,8 +71,8 @@ class Doorbells:
     def _address(self, index: int) -> int:
         if self._forwarder is not None:
             return self._forwarder.address + 4 * index
-        assert self._transport.doorbells is not None
-        return self._transport.doorbells + index * self._stride
+        assert self._mapped is not None
+        return self._mapped + index * self._stride
 
     def ring_submission(self, queue_id: int, tail: int) -> None:
         """Say where the submission queue ends now."""
@@ -80,7 +84,7 @@ class Doorbells:
 
     def _ring(self, index: int, value: int) -> None:
         # One 4-byte store; what was written to queue memory before is visible before it: x86 keeps stores in order.
-        if self._transport.doorbells is None:
+        if self._mapped is None:
             self._transport.write_register(FIRST + index * self._stride, 4, value)
         else:
             ctypes.c_uint32.from_address(self._address(index)).value = value

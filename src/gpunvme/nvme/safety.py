@@ -94,13 +94,13 @@ class Claim:
         left = [hazard for hazard in self.hazards if hazard.final or not said]
         if not left:
             return
-        lines = [f"{self.address} is left alone:", *(f"  {hazard}" for hazard in left)]
+        lines = [str(hazard) for hazard in left]
         if overwrite is not None and not said:
-            lines.append(f"  overwrite={overwrite!r} is not this device: it is {self.address}")
+            lines.append(f"overwrite={overwrite!r} is not this device: it is {self.address}")
         if any(not hazard.final for hazard in left):
-            also = "; what is in use stays refused" if any(hazard.final for hazard in left) else ""
-            lines.append(f'  To take it all the same and risk what is on it: overwrite="{self.address}"{also}')
-        raise UnsafeDeviceError("\n".join(lines))
+            also = ", and what is in use stays refused" if any(hazard.final for hazard in left) else ""
+            lines.append(f'to take it all the same and risk what is on it: overwrite="{self.address}"{also}')
+        raise UnsafeDeviceError(f"{self.address} is left alone:\n  " + ";\n  ".join(lines))
 
     def _look(self) -> Iterator[Hazard]:
         machine = self._machine

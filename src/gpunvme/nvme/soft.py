@@ -52,6 +52,7 @@ class SoftTransport:
         self.uri = uri.text
         self.controller = soft_controller(uri)
         self.doorbells: int | None = self.controller.doorbells_address
+        self.doorbells_nbytes = self.controller.doorbells_nbytes
         self._space = IovaSpace([(1 << 32, 1 << 47)])
 
     def read_register(self, offset: int, nbytes: int) -> int:

@@ -17,6 +17,8 @@ class Transport(Protocol):
         What it was opened by.
     doorbells
         Address in this process of the doorbells (BAR0 + 0x1000), or None where they can only be written as registers.
+    doorbells_nbytes
+        How much of them is mapped there.
     maps_any_memory
         Whether `map` works: the controller can be given any memory of this process.
     bounce_below
@@ -25,6 +27,7 @@ class Transport(Protocol):
 
     uri: str
     doorbells: int | None
+    doorbells_nbytes: int
     maps_any_memory: bool
     bounce_below: int
 

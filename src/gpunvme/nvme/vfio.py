@@ -21,7 +21,8 @@ from gpunvme.nvme.dma import PAGE, DmaMemory, IovaSpace
 from gpunvme.nvme.iommufd import IommufdDevice, device_node
 from gpunvme.nvme.pinned import physical_addresses, pin
 from gpunvme.nvme.sysfs import Function, Machine, nvme_function
-from gpunvme.nvme.vfio_group import GroupDevice
+from gpunvme.nvme.vfio_group import GroupDevice, LockedMemoryError
+from gpunvme.transfer import format_bytes
 
 Way = Literal["auto", "group", "iommufd"]
 
@@ -99,6 +100,7 @@ class VfioTransport:
             if self._bar.nbytes < _DOORBELLS + 8:
                 raise TransportError(f"{self.uri}: BAR0 has {self._bar.nbytes} bytes, too few for an NVMe controller")
             self.doorbells: int | None = self._bar.address_of(_DOORBELLS)
+            self.doorbells_nbytes = self._bar.nbytes - _DOORBELLS
             self._set_bus_master(True)
             opened.pop_all()
 
@@ -136,7 +138,10 @@ class VfioTransport:
             If a limit on locked memory or on mappings is reached.
         """
         # Shared, so that a fork never makes this process's pages and the controller's differ.
-        memory = mmap.mmap(-1, -(-nbytes // PAGE) * PAGE)
+        try:
+            memory = mmap.mmap(-1, -(-nbytes // PAGE) * PAGE)
+        except OSError as error:
+            raise LockedMemoryError(f"there are no {format_bytes(nbytes)} of memory: {error.strerror}") from error
         address = _address(memory)
         if not self._noiommu:
             mapped = self.map(address, len(memory))

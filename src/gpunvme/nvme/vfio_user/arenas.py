@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import os
 import threading
+import weakref
 
 from gpunvme.errors import TransportError
 from gpunvme.nvme.dma import PAGE, DmaMemory, IovaSpace
@@ -31,27 +32,17 @@ class Arena:
         self.nbytes = nbytes
         self.iova = iova
         self.fd = os.memfd_create("gpunvme-dma", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(self.fd, nbytes)
-            # The server has the descriptor too. If it could shrink the file, our next access would be fatal.
-            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
-            self.mapping = Mapping(self.fd, nbytes)
-        except BaseException:
-            os.close(self.fd)
-            raise
+        self.close_fd = weakref.finalize(self, os.close, self.fd)  # the memory stays while anybody looks at it
+        os.ftruncate(self.fd, nbytes)
+        # The server has the descriptor too. If it could shrink the file, our next access would be fatal.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self.mapping = Mapping(self.fd, nbytes)
         self.space = IovaSpace([(iova, iova + nbytes)])
         self.used = 0  # parts that are handed out
 
     def address(self, iova: int) -> int:
         """Where an IOVA of the arena is in this process."""
         return self.mapping.address + iova - self.iova
-
-    def close_fd(self) -> None:
-        """Close our descriptor. The memory stays until nobody looks at it any more."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
 
 
 class Arenas:
@@ -65,6 +56,7 @@ class Arenas:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._where = connection.where
         self.most = min(connection.capabilities.max_dma_maps, MOST_ARENAS)
         self._lock = threading.Lock()
         self._iovas = IovaSpace([(1 << 32, 1 << 47)])
@@ -85,9 +77,7 @@ class Arenas:
         nbytes = -(-nbytes // PAGE) * PAGE
         with self._lock:
             if self._closed:
-                raise TransportError(
-                    f"{self._connection.where}: closed; no memory can be shared with the server any more"
-                )
+                raise TransportError(f"{self._where}: closed; no memory can be shared with the server any more")
             for arena in self._arenas:
                 try:
                     return self._part(arena, nbytes)
@@ -104,7 +94,7 @@ class Arenas:
         if len(self._arenas) >= self.most:
             total = sum(arena.nbytes for arena in self._arenas) >> 20
             raise TransportError(
-                f"{self._connection.where}: all {self.most} regions that can be shared with the server are in use ({total} MiB); "
+                f"{self._where}: all {self.most} regions that can be shared with the server are in use, {total} MiB; "
                 "release buffers, or transfer less at a time"
             )
         # Each arena is a share of all before it: 64 of them are enough for any amount.
@@ -116,7 +106,7 @@ class Arenas:
         except OSError as error:
             self._iovas.give(iova, wanted)
             raise TransportError(
-                f"{self._connection.where}: no {wanted >> 20} MiB of shared memory can be had: {error.strerror}"
+                f"{self._where}: no {wanted >> 20} MiB of shared memory can be had: {error.strerror}"
             ) from error
         self._arenas += (arena,)
         try:
@@ -141,9 +131,11 @@ class Arenas:
         self._iovas.give(arena.iova, arena.nbytes)
 
     def _give(self, arena: Arena, iova: int, nbytes: int) -> None:
+        if os.getpid() != self._process:
+            return  # in a forked child: the memory is still the parent's
         with self._lock:
-            if self._closed or os.getpid() != self._process:
-                return  # in a forked child the memory is still the parent's
+            if self._closed:
+                return
             arena.mapping.discard(iova - arena.iova, nbytes)
             arena.space.give(iova, nbytes)
             arena.used -= 1
@@ -174,6 +166,8 @@ class Arenas:
 
     def close(self) -> None:
         """Take every arena back from the server, as far as it still answers."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             self._closed = True
             for arena in self._arenas:

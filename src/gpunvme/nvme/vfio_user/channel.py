@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import select
 import socket
@@ -87,13 +88,15 @@ class Channel:
         """The socket's descriptor, for `select`."""
         return self._socket.fileno()
 
-    def close(self) -> None:
-        """End the connection; whoever waits on it is woken. In a forked child only the child's descriptor is closed."""
+    def shut_down(self) -> None:
+        """End the connection; whoever waits on it is woken. Not in a forked child: there it is the parent's."""
         if os.getpid() == self._process:
-            try:
+            with contextlib.suppress(OSError):  # the other side was faster
                 self._socket.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # the other side was faster
+
+    def close(self) -> None:
+        """End the connection and close the socket."""
+        self.shut_down()
         self._socket.close()
 
     def readable(self, seconds: float) -> bool:

@@ -7,17 +7,15 @@ can, and queues and data are memory that we share with it. So once queues exist,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TypeVar
 
 from gpunvme.errors import TransportError
 from gpunvme.nvme.dma import DmaMemory
 from gpunvme.nvme.vfio_user import messages, payloads
 from gpunvme.nvme.vfio_user.arenas import Arenas
-from gpunvme.nvme.vfio_user.channel import Message, close_all
+from gpunvme.nvme.vfio_user.channel import close_all
 from gpunvme.nvme.vfio_user.connection import Connection, Refused
 from gpunvme.nvme.vfio_user.mapping import Mapping
-from gpunvme.nvme.vfio_user.messages import Command, ProtocolError
+from gpunvme.nvme.vfio_user.messages import Command
 from gpunvme.nvme.vfio_user.payloads import Irq, Region
 
 _DOORBELLS = 0x1000
@@ -30,8 +28,6 @@ _MOST_VECTORS = 64
 _RESET_SECONDS = 30.0
 # What a reply of DEVICE_GET_REGION_INFO may be long: the structure, and some capabilities.
 _REGION_INFO_ROOM = 4096
-
-_Payload = TypeVar("_Payload")
 
 
 class VfioUserTransport:
@@ -77,7 +73,7 @@ class VfioUserTransport:
         with self._connection.ask(
             Command.DEVICE_GET_INFO, payloads.DeviceInfo(payloads.DEVICE_INFO_BYTES).pack()
         ) as reply:
-            info = self._parse(payloads.DeviceInfo.unpack, reply)
+            info = self._connection.parse(payloads.DeviceInfo.unpack, reply)
         if not info.flags & payloads.DeviceFlag.PCI:
             raise TransportError(f"{self.uri}: the server serves no PCI device; name the socket of an NVMe controller")
         if not Region.CONFIG < info.num_regions <= _MOST_REGIONS:
@@ -96,7 +92,7 @@ class VfioUserTransport:
     def _find_doorbells(self) -> None:
         request = payloads.RegionInfo(_REGION_INFO_ROOM, region=Region.BAR0)
         with self._connection.ask(Command.DEVICE_GET_REGION_INFO, request.pack()) as reply:
-            info = self._parse(payloads.RegionInfo.unpack, reply)
+            info = self._connection.parse(payloads.RegionInfo.unpack, reply)
             if info.size < _DOORBELLS:
                 raise TransportError(f"{self.uri}: BAR0 has {info.size} bytes, too few for a controller's registers")
             self._bar_nbytes = info.size
@@ -139,7 +135,7 @@ class VfioUserTransport:
             return
         request = payloads.IrqInfo(payloads.IRQ_INFO_BYTES, kind=Irq.MSIX)
         with self._connection.ask(Command.DEVICE_GET_IRQ_INFO, request.pack()) as reply:
-            info = self._parse(payloads.IrqInfo.unpack, reply)
+            info = self._connection.parse(payloads.IrqInfo.unpack, reply)
         if info.flags & payloads.IrqInfoFlag.EVENTFD:
             self._set_eventfds(min(info.number, _MOST_VECTORS))
 
@@ -190,7 +186,7 @@ class VfioUserTransport:
     def _read(self, region: int, offset: int, nbytes: int) -> bytes:
         request = payloads.RegionAccess(offset, region, nbytes)
         with self._connection.request(Command.REGION_READ, request.pack()) as reply:
-            answer = self._parse(payloads.RegionAccess.unpack, reply)
+            answer = self._connection.parse(payloads.RegionAccess.unpack, reply)
         if answer[:3] != request[:3] or len(answer.data) != nbytes:
             raise TransportError(
                 f"{self.uri}: asked for {nbytes} bytes at {offset:#x} of region {region}, the server answered with "
@@ -201,7 +197,7 @@ class VfioUserTransport:
     def _write(self, region: int, offset: int, data: bytes) -> None:
         request = payloads.RegionAccess(offset, region, len(data), data)
         with self._connection.request(Command.REGION_WRITE, request.pack()) as reply:
-            answer = self._parse(payloads.RegionAccess.unpack, reply)
+            answer = self._connection.parse(payloads.RegionAccess.unpack, reply)
         if answer[:3] != request[:3]:
             raise TransportError(
                 f"{self.uri}: wrote {len(data)} bytes at {offset:#x} of region {region}, the server answered to "
@@ -254,11 +250,3 @@ class VfioUserTransport:
         self.doorbells = None  # what is mapped stays so as long as this object: a late doorbell hits nothing else
         self._arenas.close()
         self._connection.close()
-
-    # --- messages
-
-    def _parse(self, unpack: Callable[[bytes], _Payload], reply: Message) -> _Payload:
-        try:
-            return unpack(reply.payload)
-        except ProtocolError as error:
-            raise TransportError(f"{self.uri}: the server does not keep to the protocol: {error}") from error

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeVar
 
 from gpunvme.errors import TransportError
 from gpunvme.nvme.vfio_user.channel import Channel, ClosedByPeer, Message, TooLate
@@ -35,6 +35,7 @@ from gpunvme.nvme.vfio_user.messages import (
 from gpunvme.nvme.vfio_user.payloads import DmaAccess
 
 _PROPOSAL = Capabilities(max_msg_fds=MAX_FDS, max_data_xfer_size=DEFAULT_MAX_DATA)
+_Payload = TypeVar("_Payload")
 _SERVING_SECONDS = 5.0  # for sending an answer to the server, and for the rest of a message that has begun
 
 
@@ -138,7 +139,7 @@ class Connection:
                 f"{self.where}: the server refuses version {MAJOR}.{MINOR} of vfio-user: {error}"
             ) from error
         except ProtocolError as error:
-            self._fail(str(error))
+            self._fail(self._describe(error, Command.VERSION))
         if version.major != MAJOR or version.minor > MINOR:
             raise TransportError(
                 f"{self.where}: the server speaks version {version.major}.{version.minor} of vfio-user, we speak "
@@ -159,28 +160,39 @@ class Connection:
             If it does not answer in time, or not as it must; from then on always.
         """
         timeout = self.timeout if timeout is None else timeout
-        with self._lock:
-            self._check()
-            deadline = time.monotonic() + timeout
-            header = Header(next(self._ids) & 0xFFFF, command, 0)
-            try:
-                self._channel.send(header, payload, fds, deadline=deadline)
-                reply = self._reply(header, deadline)
-            except TooLate:
-                self._fail(
-                    f"no answer to {command_name(command)} for {timeout:g} s. The server hangs, or is busy with "
-                    "another client: end that one, or start the server again"
-                )
-            except (ClosedByPeer, ProtocolError) as error:
-                self._fail(self._describe(error, command))
-            except BaseException:  # Ctrl-C: half a message may have been sent or taken
-                self._broken = f"interrupted in the middle of {command_name(command)}; open the controller anew"
-                self._channel.close()
-                raise
+        if os.getpid() != self._process:  # before the lock: another thread may have had it at the fork
+            raise TransportError(f"{self.where}: opened by another process; open it anew after a fork")
+        if not self._lock.acquire(timeout=timeout):
+            raise TransportError(
+                f"{self.where}: no answer to {command_name(command)} for {timeout:g} s. The server still owes another "
+                "one, or hangs in the middle of a message; wait, or start it again"
+            )
+        try:
+            reply = self._converse(Header(next(self._ids) & 0xFFFF, command, 0), payload, fds, timeout)
+        finally:
+            self._lock.release()
         if reply.header.flags & HeaderFlag.ERROR:
             reply.close()
             raise Refused(reply.header.error if reply.header.error < 4096 else 0)
         return reply
+
+    def _converse(self, header: Header, payload: bytes, fds: Sequence[int], timeout: float) -> Message:
+        if self._broken is not None:
+            raise TransportError(f"{self.where}: {self._broken}")
+        deadline = time.monotonic() + timeout
+        try:
+            self._channel.send(header, payload, fds, deadline=deadline)
+            return self._reply(header, deadline)
+        except TooLate:
+            self._fail(
+                f"no answer to {command_name(header.command)} for {timeout:g} s. The server hangs, or is busy with "
+                "another client: end that one, or start the server again"
+            )
+        except (ClosedByPeer, ProtocolError) as error:
+            self._fail(self._describe(error, header.command))
+        except BaseException:  # Ctrl-C: half a message may have been sent or taken
+            self._give_up(f"interrupted in the middle of {command_name(header.command)}; open the controller anew")
+            raise
 
     def ask(
         self, command: Command, payload: bytes = b"", fds: Sequence[int] = (), *, timeout: float | None = None
@@ -196,6 +208,19 @@ class Connection:
             return self.request(command, payload, fds, timeout=timeout)
         except Refused as error:
             raise self.refused(command.name, error) from error
+
+    def parse(self, unpack: Callable[[bytes], _Payload], reply: Message) -> _Payload:
+        """Take a reply's payload apart.
+
+        Raises
+        ------
+        TransportError
+            If it is none.
+        """
+        try:
+            return unpack(reply.payload)
+        except ProtocolError as error:
+            raise TransportError(f"{self.where}: {self._describe(error, reply.header.command)}") from error
 
     def refused(self, what: str, error: Refused) -> TransportError:
         """Make the error for something that the server refuses."""
@@ -229,17 +254,16 @@ class Connection:
             )
         return "the server closed the connection; start it again, and open the controller anew"
 
-    def _fail(self, reason: str) -> NoReturn:
+    def _give_up(self, reason: str) -> str:
+        """End the connection for a reason, if there is none yet; return the reason."""
         # After a broken message nobody knows where the next one begins: nothing more can be said on this connection.
-        self._broken = reason
+        if self._broken is None:
+            self._broken = reason
         self._channel.close()
-        raise TransportError(f"{self.where}: {reason}")
+        return self._broken
 
-    def _check(self) -> None:
-        if self._broken is not None:
-            raise TransportError(f"{self.where}: {self._broken}")
-        if os.getpid() != self._process:
-            raise TransportError(f"{self.where}: opened by another process; open it anew after a fork")
+    def _fail(self, reason: str) -> NoReturn:
+        raise TransportError(f"{self.where}: {self._give_up(reason)}")
 
     # --- what the server asks
 
@@ -292,19 +316,22 @@ class Connection:
                     if message.is_reply:
                         raise ProtocolError("a reply came where none was due")
                     self._answer(message, deadline)
+                return True
             except TooLate:
-                self._broken = "the server hangs in the middle of a message; start it again"
+                self._give_up("the server hangs in the middle of a message; start it again")
             except (ClosedByPeer, ProtocolError) as error:
-                self._broken = self._describe(error, None)
-            if self._broken is not None:
-                self._channel.close()
-            return self._broken is None
+                self._give_up(self._describe(error, None))
+            return False
 
     def close(self) -> None:
         """End the connection: the server lets go of everything that it was given."""
+        if os.getpid() != self._process:
+            self._channel.close()
+            return
+        if self._broken is None:
+            self._broken = "closed"
+        self._channel.shut_down()  # wakes whoever waits for an answer, and has the lock
         with self._lock:
-            if self._broken is None:
-                self._broken = "closed"
             self._channel.close()
         if self._listener is not None and self._listener is not threading.current_thread():
             self._listener.join(timeout=_SERVING_SECONDS)

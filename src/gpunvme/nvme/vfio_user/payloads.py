@@ -180,7 +180,7 @@ class RegionInfo(NamedTuple):
         size = _REGION_INFO.size + _CAPABILITY.size + _SPARSE.size + _AREA.size * len(areas)
         full = self._replace(argsz=size, flags=self.flags | RegionFlag.CAPS, cap_offset=_REGION_INFO.size)
         if size > room:
-            return full._replace(cap_offset=0).pack()
+            return full.pack()  # QEMU 11.1 takes no other cap_offset, although there is nothing yet
         sparse = _CAPABILITY.pack(_SPARSE_MMAP, 1, 0) + _SPARSE.pack(len(areas), 0)
         return full.pack() + sparse + b"".join(_AREA.pack(*area) for area in areas)
 
@@ -190,6 +190,8 @@ class RegionInfo(NamedTuple):
         info = _unpack(cls, _REGION_INFO, data)
         if not info.flags & RegionFlag.CAPS or info.cap_offset == 0:
             return info
+        if info.argsz > len(data):
+            return info._replace(areas=())  # there was no room for them
         return info._replace(areas=_find_areas(data, info.cap_offset))
 
 

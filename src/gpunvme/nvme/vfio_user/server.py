@@ -23,7 +23,7 @@ from gpunvme.nvme.vfio_user.messages import ProtocolError
 from gpunvme.nvme.vfio_user.session import Controller, Session
 
 # How soon a request to stop is noticed, in seconds.
-_LOOK = 0.2
+_LOOK = 0.1
 _WAITING_CLIENTS = 8
 
 
@@ -100,7 +100,8 @@ class _Server:
                 try:
                     client, _ = listener.accept()
                 except OSError:
-                    continue  # it has gone again
+                    stop.wait(_LOOK)  # it has gone again, or there are no descriptors left
+                    continue
                 self._serve_client(Channel(client), stop)
         finally:
             listener.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -360,25 +361,35 @@ class Session:
     def _set_eventfds(self, vectors: range, message: Message) -> None:
         if message.fd_count not in (0, len(vectors)):
             raise Refusal(errno.EINVAL)
-        fds = message.take_fds() or [-1] * len(vectors)
-        for vector, fd in zip(vectors, fds, strict=True):
-            try:
-                self._controller.set_interrupt(vector, fd)
-            finally:
-                old = self._eventfds.pop(vector, -1)
-                close_all([old] if old >= 0 else [])
-                if fd >= 0:
-                    self._eventfds[vector] = fd
+        fds = message.take_fds()
+        try:
+            # Anything else might make the controller wait when it is written to.
+            if not all(os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]" for fd in fds):
+                raise Refusal(errno.EINVAL)
+            for vector in vectors:
+                self._controller.set_interrupt(vector, fds[0] if fds else -1)
+                self._forget_eventfd(vector)
+                if fds:
+                    self._eventfds[vector] = fds.pop(0)
+        finally:
+            close_all(fds)
 
     def _trigger(self, vectors: range | list[int]) -> None:
         for vector in vectors:
-            if vector in self._eventfds:
-                os.eventfd_write(self._eventfds[vector], 1)
+            eventfd = self._eventfds.get(vector, -1)
+            # One that has no room for another count is signalled already.
+            if eventfd >= 0 and _writable(eventfd):
+                os.eventfd_write(eventfd, 1)
+
+    def _forget_eventfd(self, vector: int) -> None:
+        eventfd = self._eventfds.pop(vector, -1)
+        if eventfd >= 0:
+            os.close(eventfd)
 
     def _clear_interrupts(self) -> None:
         for vector in list(self._eventfds):
             self._controller.set_interrupt(vector, -1)
-            os.close(self._eventfds.pop(vector))
+            self._forget_eventfd(vector)
 
     # --- the end
 
@@ -391,6 +402,12 @@ class Session:
             self._config.reset()
             self._unmap_all()
             self._clear_interrupts()
+
+
+def _writable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 def _check_room(argsz: int, needed: int) -> None:
