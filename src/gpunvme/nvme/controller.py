@@ -18,7 +18,7 @@ from gpunvme.nvme.admin import AdminQueue, command_error
 from gpunvme.nvme.dma import PAGE, DmaMemory, allocate_aligned, io_memory
 from gpunvme.nvme.doorbells import Doorbells
 from gpunvme.nvme.identify import IdentifyController, IdentifyNamespace, namespace_list
-from gpunvme.nvme.queues import IoQueuePair, make_queues, queue_depth
+from gpunvme.nvme.queues import Guest, IoQueuePair, make_queues, queue_depth
 from gpunvme.nvme.registers import Registers
 from gpunvme.nvme.transport import Transport, connect
 
@@ -31,6 +31,8 @@ _DATA_BYTES = 4096  # of every Identify data structure and of the log pages that
 _MOST_BYTES = 1 << 20
 _EVENT_REQUESTS = 4
 _STAGING_BYTES = 16 << 20
+# I/O queue pairs to ask for at least: their number is fixed once there is one, and guests may want some later.
+_QUEUES_ASKED = 32
 
 
 def open(uri: str, **options: Any) -> Controller:
@@ -108,6 +110,8 @@ class Controller:
         self._lock = threading.RLock()  # one at a time changes queues
         self._command_lock = threading.Lock()  # one at a time uses the data page
         self._pairs: list[IoQueuePair] = []
+        self._guests: list[Guest] = []
+        self._guest_ids: set[int] = set()
         self._buffers: dict[int, DmaMemory] = {}
         self._namespaces: dict[int, Namespace] = {}
         self._staging: dict[bool, _native.IoStaging] = {}
@@ -145,9 +149,11 @@ class Controller:
         self.info = IdentifyController.decode(self._identify(spec.Cns.CONTROLLER))
         queues, wanted_depth, max_bytes = self._wanted
         self.max_bytes = min(max_bytes, self.info.max_transfer_bytes(self.page_bytes) or max_bytes)
-        granted = self._set_number_of_queues(queues)
+        self._granted = self._set_number_of_queues(max(queues, _QUEUES_ASKED))
         depth = queue_depth(wanted_depth, self.registers.cap.queue_entries, self._admin_memory.contiguous)
-        self._pairs = make_queues(granted, lambda queue_id: self._make_queue(queue_id, depth))
+        self._pairs = make_queues(min(queues, self._granted), lambda queue_id: self._make_queue(queue_id, depth))
+        for guest in self._guests:
+            guest.make_queues()
         self.epoch += 1
         self._request_events()
 
@@ -179,6 +185,8 @@ class Controller:
         # Only now: whatever the controller still wanted to write has no way to memory any more.
         for pair in self._pairs:
             pair.free()
+        for guest in self._guests:
+            guest.free()
         for memory in self._buffers.values():
             memory.close()
         for memory in self._staging_memory:
@@ -197,6 +205,8 @@ class Controller:
         with self._lock:
             if self._closed or self._process != os.getpid():
                 return
+            for guest in list(self._guests):
+                guest.close()
             self._closed = True
             _open_controllers.discard(self)
             for pair in self._pairs:
@@ -453,6 +463,33 @@ class Controller:
             self.check_open()
             return self.io_queues, self.epoch
 
+    def take_queue_ids(self, count: int) -> list[int]:
+        """Queue ids for a guest, as many as there are up to ``count``; `give_queue_ids` gives them back."""
+        with self._lock:
+            self.check_open()
+            free = [each for each in range(self._wanted[0] + 1, self._granted + 1) if each not in self._guest_ids]
+            taken = free[:count]
+            self._guest_ids.update(taken)
+            return taken
+
+    def give_queue_ids(self, queue_ids: Sequence[int]) -> None:
+        """Give queue ids back whose queues were deleted."""
+        with self._lock:
+            self._guest_ids.difference_update(queue_ids)
+
+    def admit(self, guest: Guest) -> None:
+        """Take queues of someone else's into care, and make them: resets, and the end, are told to their driver."""
+        with self._lock:
+            self.check_open()
+            guest.make_queues()
+            self._guests.append(guest)
+
+    def dismiss(self, guest: Guest) -> None:
+        """Forget a guest that has deleted its queues."""
+        with self._lock:
+            if guest in self._guests:
+                self._guests.remove(guest)
+
     def abort_all(self, stuck: Sequence[tuple[int, int]], epoch: int) -> None:
         """Ask for commands to be aborted that were not answered in time; whether it works shows in their queues.
 
@@ -500,6 +537,8 @@ class Controller:
             self._reset_queues()
 
     def _reset_queues(self) -> None:
+        for guest in self._guests:
+            guest.leave_queues()
         for pair in self._pairs:
             pair.native.stop()  # from here on nobody touches queue memory or data of commands in flight
         self.resets += 1

@@ -56,6 +56,7 @@ class NvmeMovement:
         self._start = time.perf_counter()
         self._seconds = 0.0
         self._not_mapped = ""
+        self._written = opcode == spec.NvmOpcode.READ  # the controller writes to memory
         queues, self._epoch = controller.queues_now()
         self._queues = len(queues)
         try:
@@ -94,7 +95,7 @@ class NvmeMovement:
             self._not_mapped = f"mapping pays from {format_bytes(transport.bounce_below)} on"
             return None
         try:
-            mapped = transport.map(*page_range(span.ptr, span.nbytes))
+            mapped = transport.map(*page_range(span.ptr, span.nbytes), self._written)
         except TransportError as error:
             self._not_mapped = str(error)
             return None

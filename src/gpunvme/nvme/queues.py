@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gpunvme import _native
 from gpunvme.errors import CommandError
@@ -17,8 +17,57 @@ if TYPE_CHECKING:
     Command = Callable[..., spec.Cqe]
 
 
-class IoQueuePair:
-    """One I/O submission queue with the completion queue of the same number, and the memory of both."""
+class QueuePair:
+    """One I/O submission queue with the completion queue of the same number, and the memory of both.
+
+    Who drives them is someone else's matter.
+    """
+
+    def __init__(self, queue_id: int, depth: int, transport: Transport, command: Command, page_bytes: int) -> None:
+        self.queue_id = queue_id
+        self.depth = depth
+        self._command = command
+        self._memory: list[DmaMemory] = []
+        try:
+            self.submissions = self._allocate(transport, depth * spec.Sqe.SIZE, page_bytes)
+            self.completions = self._allocate(transport, depth * spec.Cqe.SIZE, page_bytes)
+        except BaseException:
+            self.free()
+            raise
+
+    def _allocate(self, transport: Transport, nbytes: int, page_bytes: int) -> DmaMemory:
+        memory = allocate_aligned(transport, nbytes, page_bytes)
+        self._memory.append(memory)
+        return memory
+
+    def create(self) -> None:
+        """Let the controller make them. Their memory is zeroed."""
+        # The completion queue first: the submission queue names it (Base 2.0, section 5.4 and 5.5).
+        size = (self.depth - 1) << 16 | self.queue_id
+        self._command(spec.AdminOpcode.CREATE_IO_CQ, prp1=self.completions.iova(), cdw=(size, spec.CreateQueue.PC))
+        try:
+            queue = self.queue_id << 16 | spec.CreateQueue.PC
+            self._command(spec.AdminOpcode.CREATE_IO_SQ, prp1=self.submissions.iova(), cdw=(size, queue))
+        except BaseException:
+            self._command(spec.AdminOpcode.DELETE_IO_CQ, cdw=(self.queue_id,))
+            raise
+
+    def remove(self) -> None:
+        """Delete the submission queue, then the completion queue.
+
+        In this order: the controller may still complete commands while it deletes the submission queue.
+        """
+        self._command(spec.AdminOpcode.DELETE_IO_SQ, cdw=(self.queue_id,))
+        self._command(spec.AdminOpcode.DELETE_IO_CQ, cdw=(self.queue_id,))
+
+    def free(self) -> None:
+        """Free its memory: only when the controller has forgotten the queues."""
+        while self._memory:
+            self._memory.pop().close()
+
+
+class IoQueuePair(QueuePair):
+    """A queue pair that native code of this process drives."""
 
     def __init__(
         self,
@@ -30,23 +79,19 @@ class IoQueuePair:
         page_bytes: int,
         max_bytes: int,
     ) -> None:
-        self.queue_id = queue_id
-        self._command = command
-        self._memory: list[DmaMemory] = []
+        super().__init__(queue_id, depth, transport, command, page_bytes)
         slots = min(depth - 1, _native.MOST_SLOTS)
         # Data that begins inside a page touches one page more.
         list_pages = _native.prp_list_pages(max_bytes // page_bytes + 1, page_bytes)
         try:
-            submissions = self._allocate(transport, depth * spec.Sqe.SIZE, page_bytes)
-            completions = self._allocate(transport, depth * spec.Cqe.SIZE, page_bytes)
             lists = self._allocate(transport, slots * list_pages * page_bytes, page_bytes)
-            self._create(depth, submissions, completions)
+            self.create()
         except BaseException:
             self.free()
             raise
         self.native = _native.IoQueue(
-            submissions.address,
-            completions.address,
+            self.submissions.address,
+            self.completions.address,
             depth,
             doorbells.submission(queue_id),
             doorbells.completion(queue_id),
@@ -57,36 +102,27 @@ class IoQueuePair:
             list_pages,
         )
 
-    def _allocate(self, transport: Transport, nbytes: int, page_bytes: int) -> DmaMemory:
-        memory = allocate_aligned(transport, nbytes, page_bytes)
-        self._memory.append(memory)
-        return memory
-
-    def _create(self, depth: int, submissions: DmaMemory, completions: DmaMemory) -> None:
-        # The completion queue first: the submission queue names it (Base 2.0, section 5.4 and 5.5).
-        size = (depth - 1) << 16 | self.queue_id
-        self._command(spec.AdminOpcode.CREATE_IO_CQ, prp1=completions.iova(), cdw=(size, spec.CreateQueue.PC))
-        try:
-            queue = self.queue_id << 16 | spec.CreateQueue.PC
-            self._command(spec.AdminOpcode.CREATE_IO_SQ, prp1=submissions.iova(), cdw=(size, queue))
-        except BaseException:
-            self._command(spec.AdminOpcode.DELETE_IO_CQ, cdw=(self.queue_id,))
-            raise
-
     def delete(self) -> None:
-        """Delete the submission queue, then the completion queue, then free their memory.
-
-        In this order: the controller may still complete commands while it deletes the submission queue.
-        """
+        """Stop, delete both queues, then free their memory."""
         self.native.stop()
-        self._command(spec.AdminOpcode.DELETE_IO_SQ, cdw=(self.queue_id,))
-        self._command(spec.AdminOpcode.DELETE_IO_CQ, cdw=(self.queue_id,))
+        self.remove()
         self.free()
 
+
+class Guest(Protocol):
+    """Queues in a controller's care that are not driven by its own I/O loop. See `Controller.admit`."""
+
+    def leave_queues(self) -> None:
+        """Before a reset: return when nobody touches the queues any more."""
+
+    def make_queues(self) -> None:
+        """After a reset: make the queues anew."""
+
+    def close(self) -> None:
+        """Before the controller is closed: delete the queues."""
+
     def free(self) -> None:
-        """Free its memory: only when the controller has forgotten the queues."""
-        while self._memory:
-            self._memory.pop().close()
+        """Free memory: the controller is disabled, and can do no DMA any more."""
 
 
 def make_queues(count: int, make: Callable[[int], IoQueuePair]) -> list[IoQueuePair]:

@@ -69,10 +69,10 @@ class SoftTransport:
         mapped = self.map(address_of(memory), len(memory))
         return DmaMemory(mapped.address, nbytes, mapped.iovas, mapped.close, memory)
 
-    def map(self, address: int, nbytes: int) -> DmaMemory:
+    def map(self, address: int, nbytes: int, writable: bool = True) -> DmaMemory:
         """Enter whole pages of this process's memory into the controller's table."""
         iova = self._space.take(nbytes)
-        self.controller.map(iova, nbytes, address)
+        self.controller.map(iova, nbytes, address, True, writable)
 
         def release() -> None:
             self.controller.unmap(iova, nbytes)

@@ -40,8 +40,11 @@ class Transport(Protocol):
     def allocate(self, nbytes: int) -> DmaMemory:
         """New memory that the controller can reach, zeroed, starting at a page."""
 
-    def map(self, address: int, nbytes: int) -> DmaMemory:
-        """Let the controller reach whole pages of this process's memory, until `DmaMemory.close`."""
+    def map(self, address: int, nbytes: int, writable: bool = True) -> DmaMemory:
+        """Let the controller reach whole pages of this process's memory, until `DmaMemory.close`.
+
+        ``writable``: it may write there, too.
+        """
 
     def reset(self) -> None:
         """Reset the function, as far as the way allows it."""

@@ -226,7 +226,7 @@ class VfioUserTransport:
             raise ValueError(f"{nbytes} bytes of memory cannot be allocated")
         return self._arenas.allocate(nbytes)
 
-    def map(self, address: int, nbytes: int) -> DmaMemory:
+    def map(self, address: int, nbytes: int, writable: bool = True) -> DmaMemory:
         """Refuse: memory that is there already has no descriptor by which it could be shared."""
         raise TransportError(f"{self.uri}: {self.bounce_reason}; use memory from `allocate`")
 

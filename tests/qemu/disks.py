@@ -1,0 +1,49 @@
+"""The drives of the guests: which controllers there are, where, and what is on them at first."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+import guest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MIB = 1 << 20
+
+
+def blank(path: Path, nbytes: int) -> Path:
+    with path.open("wb") as file:
+        file.truncate(nbytes)
+    return path
+
+
+def partitioned(path: Path, nbytes: int) -> Path:
+    """A drive with one partition from 1 MiB to its end (an MBR)."""
+    blank(path, nbytes)
+    with path.open("r+b") as file:
+        file.seek(446)
+        sectors = (MIB // 512, (nbytes - MIB) // 512)
+        file.write(struct.pack("<B3sB3sII", 0, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", *sectors))
+        file.seek(510)
+        file.write(b"\x55\xaa")
+    return path
+
+
+def devices(folder: Path) -> list[str]:
+    """QEMU's options for the controllers that the programs in `inside/` expect, with images in a folder."""
+    return [
+        *guest.nvme("first", "08.0"),
+        *guest.namespace(blank(folder / "first1", 64 * MIB), "first1", bus="first", nsid=1),
+        *guest.namespace(blank(folder / "first2", 32 * MIB), "first2", bus="first", nsid=2, lba=4096),
+        *guest.namespace(blank(folder / "first3", 16 * MIB), "first3", bus="first", nsid=3),
+        *guest.nvme("table", "09.0"),
+        *guest.namespace(partitioned(folder / "table1", 32 * MIB), "table1", bus="table", nsid=1),
+        *guest.nvme("left", "0a.0", multifunction="on"),
+        *guest.namespace(blank(folder / "left1", MIB), "left1", bus="left", nsid=1),
+        *guest.nvme("right", "0a.1"),
+        *guest.namespace(blank(folder / "right1", MIB), "right1", bus="right", nsid=1),
+        *guest.nvme("small", "0b.0", mdts=1, max_ioqpairs=1),
+        *guest.namespace(blank(folder / "small1", 32 * MIB), "small1", bus="small", nsid=1, lba=4096),
+    ]

@@ -1,0 +1,58 @@
+"""VFIO by iommufd, and without an IOMMU: on a second kernel, which Debian does not have; see `tools/guest-setup`."""
+
+from __future__ import annotations
+
+import disks
+import guest
+import pytest
+
+pytestmark = pytest.mark.timeout(900)
+
+# The driver does not know how its transport was opened: at length it is run here, too.
+IOMMUFD = ("vfio_transport", "driver") if guest.LONG else ("vfio_transport",)
+NOIOMMU = ("vfio_noiommu", "driver") if guest.LONG else ("vfio_noiommu",)
+
+
+@pytest.fixture(scope="module")
+def by_iommufd(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
+    """A kernel with iommufd, and a newer QEMU."""
+    folder = tmp_path_factory.mktemp("iommufd")
+    return guest.run_checks(
+        IOMMUFD,
+        folder / "share",
+        devices=[*guest.iommu(), *disks.devices(folder)],
+        kernel=guest.SECOND,
+        qemu=guest.newer_qemu(),
+        environment={"GUEST_WAY": "iommufd"},
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def without_iommu(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
+    folder = tmp_path_factory.mktemp("noiommu")
+    return guest.run_checks(
+        NOIOMMU,
+        folder / "share",
+        devices=disks.devices(folder),
+        kernel=guest.SECOND,
+        options="intel_iommu=off",
+        qemu=guest.newer_qemu(),
+        environment={"GUEST_WAY": "noiommu"},
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize(("program", "name"), guest.checks_of(*IOMMUFD))
+def test_by_iommufd(by_iommufd: guest.Checks, program: str, name: str) -> None:
+    by_iommufd.expect(program, name)
+
+
+@pytest.mark.parametrize(("program", "name"), guest.checks_of(*NOIOMMU))
+def test_without_iommu(without_iommu: guest.Checks, program: str, name: str) -> None:
+    without_iommu.expect(program, name)
+
+
+def test_nothing_faults_between_checks(by_iommufd: guest.Checks) -> None:
+    expected = by_iommufd.expect("vfio_transport", "unmapped_memory_faults").dmesg.count("DMAR: [DMA")
+    assert by_iommufd.report.dmesg.count("DMAR: [DMA") == expected
