@@ -253,6 +253,28 @@ TEST(doorbells_never_go_backwards_with_several_submitters) {
   for (std::uint64_t round = 0; round < 3; ++round) storms(mischief, 100 + 10 * round);
 }
 
+TEST(doorbell_of_another_thread_tells_of_entries_that_are_visible) {
+  const Driver driver(8);
+  Controller controller(driver.shared);
+  // Relaxed: nothing but the queue pair orders the two threads.
+  std::atomic<std::uint32_t> submitted{0};
+  Threads threads;
+  threads.start([&] {
+    for (std::uint32_t number = 0; number < 7; ++number) {
+      driver.submit(number, false);
+      submitted.store(number + 1, std::memory_order_relaxed);
+    }
+  });
+  threads.start([&] {
+    for (std::uint32_t number = 0; number < 7; ++number) {
+      while (submitted.load(std::memory_order_relaxed) <= number) std::this_thread::yield();
+      driver.pair.ring();
+      CHECK_EQ(controller.must_fetch().cdw10, number);
+    }
+  });
+  threads.finish();
+}
+
 TEST(data_is_visible_before_its_completion_is) { storms({}, 20); }
 
 TEST(sq_heads_that_lag_with_several_reapers) {

@@ -179,23 +179,29 @@ TEST(unmapping_waits_for_accesses_in_flight) {
     Client client(options, 4 << 20);
     client.enable();
     Pair io = client.create(1, 32);
+    // Memory and blocks of its own for each command: workers execute them at the same time.
+    constexpr std::uint64_t kCommands = 8;
     constexpr std::uint64_t kBytes = 256 << 10;
     constexpr std::uint64_t kIova = 0x8000'0000;
-    const auto list = client.memory.allocate(4096);
-    for (std::uint64_t i = 1; i < kBytes / 4096; ++i) {
-      client.memory.at<std::uint64_t>(list)[i - 1] = kIova + i * 4096;
+    std::uint64_t lists[kCommands];
+    for (std::uint64_t i = 0; i < kCommands; ++i) {
+      lists[i] = client.memory.allocate(4096);
+      for (std::uint64_t page = 1; page < kBytes / 4096; ++page) {
+        client.memory.at<std::uint64_t>(lists[i])[page - 1] = kIova + i * kBytes + page * 4096;
+      }
     }
     std::uint64_t refused = 0;
     for (int round = 0; round < check::rounds(100); ++round) {
-      std::byte* const memory = anonymous(kBytes);
-      client.controller.map(kIova, kBytes, memory, true, true);
-      for (int i = 0; i < 8; ++i) {
-        client.submit(io, client.io(round % 2 == 0 ? nvme::kNvmRead : nvme::kNvmWrite, 0, kBytes / 512, kIova, list));
+      std::byte* const memory = anonymous(kCommands * kBytes);
+      client.controller.map(kIova, kCommands * kBytes, memory, true, true);
+      for (std::uint64_t i = 0; i < kCommands; ++i) {
+        client.submit(io, client.io(round % 2 == 0 ? nvme::kNvmRead : nvme::kNvmWrite, i * kBytes / 512, kBytes / 512,
+                                    kIova + i * kBytes, lists[i]));
       }
       if (round % 3 == 0) std::this_thread::sleep_for(std::chrono::microseconds(50));
-      client.controller.unmap(kIova, kBytes);
-      munmap(memory, kBytes);  // an access after this would be a segmentation fault
-      for (int i = 0; i < 8; ++i) {
+      client.controller.unmap(kIova, kCommands * kBytes);
+      munmap(memory, kCommands * kBytes);  // an access after this would be a segmentation fault
+      for (std::uint64_t i = 0; i < kCommands; ++i) {
         const std::uint16_t code = nvme::status_code(nvme::cqe_status(client.wait(io).status));
         CHECK(code == nvme::kStatusSuccess || code == nvme::kStatusDataTransferError);
         refused += code != nvme::kStatusSuccess;

@@ -330,8 +330,8 @@ TEST(deleting_a_queue_aborts_what_is_held_back_and_completes_last) {
     Client client(options);
     client.enable();
     Pair io = client.create(1);
-    const auto buffer = buffer_of(client);
-    for (int i = 0; i < 4; ++i) client.submit(io, client.io(nvme::kNvmRead, 0, 1, buffer));
+    const auto buffer = client.memory.allocate(4 * 4096);
+    for (std::uint64_t i = 0; i < 4; ++i) client.submit(io, client.io(nvme::kNvmRead, 0, 1, buffer + i * 4096));
     std::set<int> seen;
     for (int i = 0; i < 2; ++i) seen.insert(client.wait(io).cid);
     CHECK(seen == (std::set<int>{0, 3}));

@@ -16,6 +16,11 @@
 #define GPUNVME_HD
 #endif
 
+// A test may put something before every access of the host's: another thread's turn, for instance.
+#ifndef GPUNVME_BEFORE_ACCESS
+#define GPUNVME_BEFORE_ACCESS()
+#endif
+
 namespace gpunvme {
 
 // What threads of different parts of a queue write is this far apart: two cache lines of a CPU, which are fetched in
@@ -47,18 +52,46 @@ class alignas(sizeof(T)) Atomic {
   using Reference = cuda::atomic_ref<T, cuda::thread_scope_system>;
   GPUNVME_HD Reference reference() const { return Reference(const_cast<T&>(value_)); }
 #else
-  T load_relaxed() const { return __atomic_load_n(&value_, __ATOMIC_RELAXED); }
-  T load_acquire() const { return __atomic_load_n(&value_, __ATOMIC_ACQUIRE); }
-  void store_relaxed(T value) { __atomic_store_n(&value_, value, __ATOMIC_RELAXED); }
-  void store_release(T value) { __atomic_store_n(&value_, value, __ATOMIC_RELEASE); }
+  T load_relaxed() const {
+    GPUNVME_BEFORE_ACCESS();
+    return __atomic_load_n(&value_, __ATOMIC_RELAXED);
+  }
+  T load_acquire() const {
+    GPUNVME_BEFORE_ACCESS();
+    return __atomic_load_n(&value_, __ATOMIC_ACQUIRE);
+  }
+  void store_relaxed(T value) {
+    GPUNVME_BEFORE_ACCESS();
+    __atomic_store_n(&value_, value, __ATOMIC_RELAXED);
+  }
+  void store_release(T value) {
+    GPUNVME_BEFORE_ACCESS();
+    __atomic_store_n(&value_, value, __ATOMIC_RELEASE);
+  }
   // The read-modify-writes are acquire and release.
-  T exchange(T value) { return __atomic_exchange_n(&value_, value, __ATOMIC_ACQ_REL); }
-  T fetch_add(T value) { return __atomic_fetch_add(&value_, value, __ATOMIC_ACQ_REL); }
-  T fetch_sub(T value) { return __atomic_fetch_sub(&value_, value, __ATOMIC_ACQ_REL); }
-  T fetch_and(T value) { return __atomic_fetch_and(&value_, value, __ATOMIC_ACQ_REL); }
-  T fetch_or(T value) { return __atomic_fetch_or(&value_, value, __ATOMIC_ACQ_REL); }
+  T exchange(T value) {
+    GPUNVME_BEFORE_ACCESS();
+    return __atomic_exchange_n(&value_, value, __ATOMIC_ACQ_REL);
+  }
+  T fetch_add(T value) {
+    GPUNVME_BEFORE_ACCESS();
+    return __atomic_fetch_add(&value_, value, __ATOMIC_ACQ_REL);
+  }
+  T fetch_sub(T value) {
+    GPUNVME_BEFORE_ACCESS();
+    return __atomic_fetch_sub(&value_, value, __ATOMIC_ACQ_REL);
+  }
+  T fetch_and(T value) {
+    GPUNVME_BEFORE_ACCESS();
+    return __atomic_fetch_and(&value_, value, __ATOMIC_ACQ_REL);
+  }
+  T fetch_or(T value) {
+    GPUNVME_BEFORE_ACCESS();
+    return __atomic_fetch_or(&value_, value, __ATOMIC_ACQ_REL);
+  }
   // True if the value was `expected` and now is `desired`; otherwise `expected` is what it was.
   bool compare_exchange(T& expected, T desired) {
+    GPUNVME_BEFORE_ACCESS();
     return __atomic_compare_exchange_n(&value_, &expected, desired, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
   }
 
