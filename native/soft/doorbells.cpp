@@ -1,5 +1,6 @@
 #include "doorbells.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -13,10 +14,12 @@ Doorbells::Doorbells(unsigned queues, unsigned dstrd) : dstrd_(dstrd) {
   const std::uint64_t pair = std::uint64_t{8} << dstrd;
   nbytes_ = ((queues + 1) * pair + 4095) / 4096 * 4096;
   ids_ = static_cast<std::uint32_t>(nbytes_ / pair);
-  fd_ = memfd_create("nvme-doorbells", MFD_CLOEXEC);
+  fd_ = memfd_create("nvme-doorbells", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (fd_ < 0) throw file_failure(errno, "cannot make memory for doorbells", "memfd");
   void* memory = MAP_FAILED;
-  if (ftruncate(fd_, static_cast<off_t>(nbytes_)) == 0) {
+  // Sealed: whoever is given the descriptor cannot take the memory away from under the workers.
+  if (ftruncate(fd_, static_cast<off_t>(nbytes_)) == 0 &&
+      fcntl(fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0) {
     memory = mmap(nullptr, nbytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
   }
   if (memory == MAP_FAILED) {
