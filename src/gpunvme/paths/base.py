@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from gpunvme.memory import Device, Span
 from gpunvme.transfer import Movement
 
-
 # Every path that there is, in the order of tables.
 NAMES = ("host", "cufile/nvidia-fs", "cufile/p2pdma", "cufile/compat", "p2pdma", "nvme", "gpu-nvme")
 
