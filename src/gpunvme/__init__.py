@@ -33,7 +33,7 @@ from gpunvme.paths.base import Verdict
 from gpunvme.transfer import Transfer
 
 if TYPE_CHECKING:
-    from gpunvme import nvme
+    from gpunvme import gpu, nvme
     from gpunvme.models.opening import safe_open
     from gpunvme.models.patch import patch_safetensors
     from gpunvme.models.safetensors import load_file
@@ -80,6 +80,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "errors",
+    "gpu",
     "load_file",
     "nvme",
     "open",
@@ -91,8 +92,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "nvme":
-        return import_module("gpunvme.nvme")
+    if name in {"gpu", "nvme"}:
+        return import_module("gpunvme." + name)
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'gpunvme' has no attribute {name!r}")

@@ -56,6 +56,8 @@ struct Completion {
 enum class Submitted { kOk, kFull, kStopped };
 enum class Waited { kDone, kTimeout, kStopped };
 
+class WarpQueue;  // in warp_queue.h: the same for the lanes of a warp together
+
 class QueuePair {
  public:
   static constexpr std::uint32_t kNoSlot = 0xffffffff;
@@ -283,6 +285,8 @@ class QueuePair {
   }
 
  private:
+  friend class WarpQueue;
+
   static constexpr std::uint64_t kFree = 0;
   static constexpr std::uint64_t kPending = 1;
   static constexpr std::uint64_t kDone = 2;

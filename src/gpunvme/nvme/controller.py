@@ -189,6 +189,8 @@ class Controller:
             guest.free()
         for memory in self._buffers.values():
             memory.close()
+        # Page-locked for a GPU: CUDA has to forget it before its addresses can be anybody else's.
+        self._staging.clear()
         for memory in self._staging_memory:
             memory.close()
         self._buffers.clear()
@@ -205,8 +207,12 @@ class Controller:
         with self._lock:
             if self._closed or self._process != os.getpid():
                 return
+            hung: DeadlineExceeded | None = None
             for guest in list(self._guests):
-                guest.close()
+                try:
+                    guest.close()
+                except DeadlineExceeded as error:
+                    hung = error  # it keeps its memory; the controller is closed all the same
             self._closed = True
             _open_controllers.discard(self)
             for pair in self._pairs:
@@ -220,6 +226,8 @@ class Controller:
                 except NvmeError:
                     pass  # the controller is disabled next, which ends whatever it was doing
             self._quiesce()
+            if hung is not None:
+                raise hung
 
     def __enter__(self) -> Self:
         return self

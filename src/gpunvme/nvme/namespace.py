@@ -23,6 +23,7 @@ from gpunvme.transfer import Progress, Transfer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gpunvme.gpu.queues import GpuQueues
     from gpunvme.nvme.controller import Controller
 
 _PLAIN = Order(False, CPU)  # of commands that move nothing
@@ -301,6 +302,63 @@ class Namespace:
             span = Span(address_of(data), len(data), CPU, False, data)
             movement.add_plain(spec.NvmOpcode.DATASET_MANAGEMENT, len(some) - 1, spec.Dsm.AD, span=span)
         self._finish(movement, lists)
+
+    # --- by the GPU's own hand
+
+    def gpu_queues(
+        self,
+        device: Any = 0,
+        *,
+        count: int | None = None,
+        depth: int = 256,
+        placement: str = "auto",
+        doorbell: str = "auto",
+        slot_bytes: int | None = None,
+        timeout: float | None = None,
+    ) -> GpuQueues:
+        """Make I/O queues that kernels of a GPU drive by themselves.
+
+        Parameters
+        ----------
+        device
+            The GPU.
+        count
+            Queues; if None, up to 8 of those that the controller has left.
+        depth
+            Entries of each queue, 2 to CAP.MQES + 1.
+        placement
+            ``"host"``: queues and data in host memory; ``"data"``: data in GPU memory; ``"full"``: queues too;
+            ``"auto"``: the highest that works here.
+        doorbell
+            ``"direct"``: the GPU rings doorbells itself; ``"forward"``: a host thread does it for it; ``"auto"``:
+            directly where that works.
+        slot_bytes
+            Largest command of a kernel in bytes; 4096 or a block, whichever is more, if None. Larger rows are several
+            commands.
+        timeout
+            Seconds that a command may take; `Controller.timeout` if None.
+
+        Raises
+        ------
+        CudaError
+            If CUDA cannot be used, or kernels can neither be loaded nor compiled.
+        PathError
+            If a placement, or direct doorbells, were asked for and cannot be had; says why.
+        NvmeError
+            If the controller has not as many queues left, or does not make them.
+        """
+        from gpunvme.gpu.queues import GpuQueues
+
+        return GpuQueues(
+            self,
+            device,
+            count=count,
+            depth=depth,
+            placement=placement,
+            doorbell=doorbell,
+            slot_bytes=slot_bytes,
+            timeout=timeout,
+        )
 
     # --- how
 

@@ -1,0 +1,42 @@
+"""A kernel of your own that reads from a drive, launched by CuPy: the mean of each node's neighbours.
+
+python examples/gpu_kernel_cupy.py                                     # a software controller, no hardware
+python examples/gpu_kernel_cupy.py pci:0000:01:00.0                    # a drive that is bound to vfio-pci
+"""
+
+import sys
+from pathlib import Path
+
+import cupy
+import numpy as np
+
+from gpunvme import gpu, nvme
+
+NODES, FEATURES, BATCH, FANOUT = 16_384, 1024, 2_000, 15
+source = (Path(__file__).parent / "mean_of_neighbours.cu").read_text()
+uri = sys.argv[1] if len(sys.argv) > 1 else f"soft:ram?size={NODES * FEATURES * 4}&threads=4&queues=12"
+rng = np.random.default_rng(0)
+neighbours = rng.integers(0, NODES, (BATCH, FANOUT))
+
+with nvme.open(uri, queues=2) as controller:
+    namespace = controller.namespace()
+    if uri.startswith("soft:"):
+        namespace.write_from(rng.random((NODES, FEATURES), np.float32))
+    features = namespace.read(0, NODES * FEATURES * 4 // namespace.block_size).numpy().view(np.float32)
+
+    with namespace.gpu_queues("cuda:0", count=8) as queues:
+        print(queues)
+        # CuPy's own compiler with gpunvme's headers would do as well; this uses what gpunvme.gpu.compile keeps on disk.
+        program = gpu.compile(source, device="cuda:0", name="mean_of_neighbours.cu")
+        module = cupy.cuda.function.Module()
+        module.load(program.image)
+        kernel = module.get_function("mean_of_neighbours")
+        ids = cupy.asarray(neighbours)
+        out = cupy.empty((BATCH, FEATURES), cupy.float32)
+        failed = cupy.zeros(1, cupy.uint64)
+        arguments = (np.uint64(queues.handle), np.uint64(queues.count), ids, np.uint64(FANOUT), out, failed)
+        kernel((BATCH,), (256,), arguments)
+        means, failures = out.get(), int(failed[0])
+
+    expected = features.reshape(NODES, FEATURES)[neighbours].mean(1)
+    print("equal:", np.allclose(means, expected, atol=1e-5), "- failed reads:", failures)

@@ -1,0 +1,165 @@
+// The lanes of a warp that are at one place together, and what they tell each other.
+//
+// A GPU runs 32 threads, the lanes of a warp, side by side; any of them may have taken another way for a while. Code
+// that works for a group of lanes asks which ones are here (`Lanes::here`) and goes on with these, be it one or all.
+// Compiled for a CPU, a group is one thread: the same code, for ThreadSanitizer to look at.
+//
+// CUDA C++ Programming Guide: warp vote, match and shuffle functions; independent thread scheduling (sm_70 and later).
+#pragma once
+
+#include "gpunvme/atomics.h"
+
+#if defined(__CUDACC__)
+#define GPUNVME_DEVICE __device__
+#else
+#define GPUNVME_DEVICE
+#include <chrono>
+#include <thread>
+#endif
+
+namespace gpunvme {
+
+// The number of bits that are set.
+GPUNVME_DEVICE inline std::uint32_t count_bits(std::uint32_t bits) {
+#if defined(__CUDACC__)
+  return static_cast<std::uint32_t>(__popc(bits));
+#else
+  return static_cast<std::uint32_t>(__builtin_popcount(bits));
+#endif
+}
+
+// The number of the set bit that `nth` set ones lie below.
+GPUNVME_DEVICE inline std::uint32_t nth_bit(std::uint32_t bits, std::uint32_t nth) {
+  for (; nth != 0; --nth) bits &= bits - 1;
+  return lowest_bit(bits);
+}
+
+class Lanes {
+ public:
+  // Those that run together here. Another time it may be others.
+  GPUNVME_DEVICE static Lanes here() {
+#if defined(__CUDACC__)
+    return Lanes(__activemask());
+#else
+    return Lanes(1);
+#endif
+  }
+
+  // Those of them that say the same.
+  GPUNVME_DEVICE Lanes alike(const void* what) const {
+#if defined(__CUDACC__)
+    return Lanes(__match_any_sync(mask_, reinterpret_cast<unsigned long long>(what)));
+#else
+    (void)what;
+    return *this;
+#endif
+  }
+
+  GPUNVME_DEVICE std::uint32_t count() const { return count_; }
+  // Their ranks are 0 to count() - 1; this thread's.
+  GPUNVME_DEVICE std::uint32_t rank() const { return rank_; }
+  GPUNVME_DEVICE bool leads() const { return rank_ == 0; }
+
+  // All of them wait for each other; what each wrote before, all see after.
+  GPUNVME_DEVICE void meet() const {
+#if defined(__CUDACC__)
+    __syncwarp(mask_);
+#endif
+  }
+
+  // The value that the lane of this rank has.
+  template <typename T>
+  GPUNVME_DEVICE T from(std::uint32_t rank, T value) const {
+#if defined(__CUDACC__)
+    return __shfl_sync(mask_, value, static_cast<int>(mask_ == kAll ? rank : nth_bit(mask_, rank)));
+#else
+    (void)rank;
+    return value;
+#endif
+  }
+  template <typename T>
+  GPUNVME_DEVICE T leaders(T value) const {
+#if defined(__CUDACC__)
+    return __shfl_sync(mask_, value, static_cast<int>(lowest_bit(mask_)));
+#else
+    return value;
+#endif
+  }
+
+  // A bit for each that says yes: by rank from the lowest on where all 32 are here, otherwise by number of the lane.
+  GPUNVME_DEVICE std::uint32_t vote(bool yes) const {
+#if defined(__CUDACC__)
+    return __ballot_sync(mask_, yes);
+#else
+    return yes ? 1 : 0;
+#endif
+  }
+  GPUNVME_DEVICE bool any(bool yes) const { return vote(yes) != 0; }
+  GPUNVME_DEVICE bool all(bool yes) const { return vote(yes) == mask_; }
+  GPUNVME_DEVICE std::uint32_t how_many(bool yes) const { return count_bits(vote(yes)); }
+  // How many of them say yes before the first says no.
+  GPUNVME_DEVICE std::uint32_t prefix(bool yes) const {
+    const std::uint32_t no = mask_ & ~vote(yes);
+    return no == 0 ? count_ : count_bits(mask_ & ((no & (~no + 1)) - 1));
+  }
+
+  // The largest of the values of the first `count` ranks.
+  GPUNVME_DEVICE std::uint64_t largest(std::uint64_t value, std::uint32_t count) const {
+    std::uint64_t most = leaders(value);
+    for (std::uint32_t rank = 1; rank < count; ++rank) {
+      const std::uint64_t other = from(rank, value);
+      if (other > most) most = other;
+    }
+    return most;
+  }
+
+ private:
+  static constexpr std::uint32_t kAll = 0xffffffff;
+
+  GPUNVME_DEVICE explicit Lanes(std::uint32_t mask) : mask_(mask), rank_(0), count_(count_bits(mask)) {
+#if defined(__CUDACC__)
+    std::uint32_t before;
+    asm("mov.u32 %0, %%lanemask_lt;" : "=r"(before));
+    rank_ = count_bits(mask & before);
+#endif
+  }
+
+  std::uint32_t mask_;
+  std::uint32_t rank_;
+  std::uint32_t count_;
+};
+
+// Nanoseconds on a clock that all threads share. Its steps may be as long as a microsecond.
+GPUNVME_DEVICE inline std::uint64_t now_ns() {
+#if defined(__CUDACC__)
+  std::uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+#else
+  return static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
+#endif
+}
+
+// A number that is another one for other threads and other times.
+GPUNVME_DEVICE inline std::uint32_t any_number() {
+#if defined(__CUDACC__)
+  std::uint32_t clock;
+  std::uint32_t multiprocessor;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(clock));
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
+  return ((clock >> 4) ^ (multiprocessor << 16 | threadIdx.x)) * 0x9e3779b1u >> 8;
+#else
+  return static_cast<std::uint32_t>(now_ns()) * 0x9e3779b1u >> 8;
+#endif
+}
+
+// Leaves the machine to others for a moment: for who waits for another thread.
+GPUNVME_DEVICE inline void pause() {
+#if defined(__CUDACC__)
+  __nanosleep(64);
+#else
+  std::this_thread::yield();
+#endif
+}
+
+}  // namespace gpunvme

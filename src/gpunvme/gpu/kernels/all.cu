@@ -1,0 +1,4 @@
+// The kernels that come with gpunvme, as one module.
+#include "queues.cu"
+#include "rows.cu"
+#include "stream.cu"

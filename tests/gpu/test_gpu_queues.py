@@ -1,0 +1,671 @@
+"""NVMe queues that a real GPU drives, against the software controller and all its faults.
+
+If this failed, kernels would hang, or compute with wrong bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpunvme
+from gpunvme import nvme
+from gpunvme.memory import Buffer
+
+pytestmark = pytest.mark.gpu
+
+SIZE = 8 << 20
+BLOCK = 512
+GPU = "cuda:0"
+
+
+@pytest.fixture(scope="module")
+def data() -> bytes:
+    return np.random.default_rng(5).integers(0, 256, SIZE, np.uint8).tobytes()
+
+
+class Machine:
+    """A controller, its namespace, and GPU queues."""
+
+    def __init__(self, data: bytes, options: str = "", driver: dict[str, Any] | None = None, **queues: Any) -> None:
+        uri = f"soft:ram?size={SIZE}&threads=2&queues=12{options}"
+        self.controller = nvme.open(uri, admin_timeout=5, **{"queues": 2, "timeout": 5, **(driver or {})})
+        self.namespace = self.controller.namespace()
+        self.namespace.write_from(data)
+        self.queues = self.namespace.gpu_queues(0, **{"count": 2, "depth": 64, **queues})
+
+    def inject(self, faults: str, seed: int = 1) -> None:
+        self.controller.transport.controller.inject(faults, seed)
+
+    def injected(self) -> int:
+        stats = self.controller.transport.controller.stats()
+        return sum(count for name, count in stats.items() if name.startswith("fault."))
+
+
+@contextlib.contextmanager
+def machine(data: bytes, options: str = "", **queues: Any) -> Iterator[Machine]:
+    made = Machine(data, options, **queues)
+    with made.controller:
+        yield made
+
+
+def rows_of(data: bytes, lbas: Any, blocks: int, block: int = BLOCK) -> bytes:
+    return b"".join(data[int(lba) * block : (int(lba) + blocks) * block] for lba in lbas)
+
+
+def some_lbas(namespace: Any, count: int, blocks: int, seed: int = 1) -> Any:
+    return np.random.default_rng(seed).integers(0, namespace.blocks - blocks + 1, count)
+
+
+# --- what comes with the package
+
+
+@pytest.mark.parametrize("depth", [2, 3, 5, 37, 64, 100, 256])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_gather_brings_every_row(data: bytes, depth: int, count: int) -> None:
+    with machine(data, depth=depth, count=count) as m:
+        for rows, blocks in ((1, 1), (31, 1), (33, 3), (1000, 8)):
+            lbas = some_lbas(m.namespace, rows, blocks, rows)
+            out = Buffer.empty(rows * blocks * BLOCK, GPU)
+            done = m.queues.gather(lbas, out)
+            assert out.numpy().tobytes() == rows_of(data, lbas, blocks)
+            assert done.path == "gpu-nvme"
+            assert done.nbytes == done.direct_bytes == out.nbytes
+            assert f"{rows} commands by kernels on cuda:0 over {count} queue" in done.reason
+
+
+@pytest.mark.parametrize("blocks", [9, 16, 17, 40, 300])
+@pytest.mark.parametrize("slot_bytes", [None, 8192, 12288, 65536])
+def test_rows_larger_than_a_page_are_prp_lists_and_larger_than_a_slot_several_commands(
+    data: bytes, blocks: int, slot_bytes: int | None
+) -> None:
+    with machine(data, slot_bytes=slot_bytes) as m:
+        lbas = some_lbas(m.namespace, 50, blocks)
+        out = Buffer.empty(50 * blocks * BLOCK, GPU)
+        m.queues.gather(lbas, out)
+        assert out.numpy().tobytes() == rows_of(data, lbas, blocks)
+
+
+@pytest.mark.parametrize("options", ["&lba=4096", "&mdts=1", "&dstrd=3", "&mpsmin=1&mpsmax=1", "&mdts=0"])
+def test_other_controllers(data: bytes, options: str) -> None:
+    with machine(data, options, slot_bytes=16384) as m:
+        block = m.namespace.block_size
+        lbas = some_lbas(m.namespace, 200, 3)
+        out = Buffer.empty(200 * 3 * block, GPU)
+        m.queues.gather(lbas, out)
+        assert out.numpy().tobytes() == rows_of(data, lbas, 3, block)
+        whole = Buffer.empty(SIZE, GPU)
+        m.queues.stream(0, SIZE, whole)
+        assert whole.numpy().tobytes() == data
+
+
+@pytest.mark.parametrize("lba", [0, 7])
+@pytest.mark.parametrize("blocks", [0, 1, 8, 9, 255, 256, 257, 5000, SIZE // BLOCK - 7])
+def test_stream_brings_every_block_and_nothing_else(data: bytes, lba: int, blocks: int) -> None:
+    with machine(data) as m:
+        room = Buffer.empty(blocks * BLOCK + 64, GPU)
+        before = room.numpy()[-64:].tobytes()
+        m.queues.stream(lba, blocks * BLOCK, room)
+        got = room.numpy().tobytes()
+        assert got[: blocks * BLOCK] == data[lba * BLOCK : (lba + blocks) * BLOCK]
+        assert got[-64:] == before
+
+
+def test_small_queues_stream_too(data: bytes) -> None:
+    """Fewer slots than the kernel has buffers: none may wait for a slot that it keeps from another."""
+    for depth in (2, 3, 5):
+        with machine(data, depth=depth, count=1) as m:
+            whole = Buffer.empty(SIZE, GPU)
+            m.queues.stream(0, SIZE, whole)
+            assert whole.numpy().tobytes() == data
+
+
+@pytest.mark.parametrize("slot_bytes", [None, 65536])
+def test_scatter_is_the_inverse_of_gather(data: bytes, slot_bytes: int | None) -> None:
+    with machine(data, slot_bytes=slot_bytes) as m:
+        rows, blocks = 400, 20
+        source = Buffer.empty(rows * blocks * BLOCK, GPU)
+        m.queues.gather(np.arange(rows) * blocks, source)
+        places = np.random.default_rng(2).permutation(m.namespace.blocks // blocks)[:rows] * blocks
+        done = m.queues.scatter(places, source)
+        assert done.nbytes == source.nbytes
+        expected = bytearray(data)
+        for number, lba in enumerate(places):
+            piece = data[number * blocks * BLOCK : (number + 1) * blocks * BLOCK]
+            expected[lba * BLOCK : (lba + blocks) * BLOCK] = piece
+        assert m.namespace.read().numpy().tobytes() == expected
+
+
+def test_forwarded_doorbells_carry_the_same(data: bytes) -> None:
+    with machine(data, doorbell="forward") as m:
+        assert m.queues.doorbell == "forward"
+        lbas = some_lbas(m.namespace, 500, 8)
+        out = Buffer.empty(500 * 8 * BLOCK, GPU)
+        done = m.queues.gather(lbas, out)
+        assert out.numpy().tobytes() == rows_of(data, lbas, 8)
+        assert "forwarded by a host thread" in done.reason
+
+
+def test_lbas_and_kernels_are_in_the_streams_order(data: bytes) -> None:
+    torch = pytest.importorskip("torch")
+    with machine(data) as m:
+        side = torch.cuda.Stream()
+        lbas = some_lbas(m.namespace, 300, 1)
+        for _ in range(5):
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(20_000_000)
+                places = torch.as_tensor(lbas).cuda(non_blocking=True)
+                out = torch.zeros(300 * BLOCK, dtype=torch.uint8, device="cuda")
+                transfer = m.queues.gather(places, out, wait=False)
+                copy = out.clone()
+            side.synchronize()
+            assert bytes(copy.cpu().numpy()) == rows_of(data, lbas, 1)
+            assert transfer.wait(5).done
+
+
+def test_many_jobs_and_threads_share_the_queues(data: bytes) -> None:
+    with machine(data) as m:
+        lbas = [some_lbas(m.namespace, 700, 4, seed) for seed in range(8)]
+        failures = []
+
+        def use(number: int) -> None:
+            try:
+                for _ in range(10):
+                    out = Buffer.empty(700 * 4 * BLOCK, GPU)
+                    m.queues.gather(lbas[number], out, stream=0)
+                    assert out.numpy().tobytes() == rows_of(data, lbas[number], 4)
+                    whole = Buffer.empty(SIZE, GPU)
+                    m.queues.stream(0, SIZE, whole, stream=0)
+                    assert whole.numpy().tobytes() == data
+            except Exception as error:  # noqa: BLE001 - the main thread fails for it
+                failures.append(error)
+
+        threads = [threading.Thread(target=use, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+
+
+# --- faults
+
+HARMLESS = ["delay:20@0.05", "reorder@0.5", "duplicate-cqe@0.3", "unknown-cid@0.3", "torn-cqe@0.1", "stale-phase@0.1"]
+LOST = ["drop@0.02", "drop#5", "cq-stall#4"]
+
+
+@pytest.mark.parametrize("fault", [*HARMLESS, ",".join(HARMLESS)])
+def test_what_must_be_borne_costs_nothing_but_time(data: bytes, fault: str) -> None:
+    with machine(data) as m:
+        m.inject(fault)
+        lbas = some_lbas(m.namespace, 1500, 2)
+        out = Buffer.empty(1500 * 2 * BLOCK, GPU)
+        m.queues.gather(lbas, out)
+        assert out.numpy().tobytes() == rows_of(data, lbas, 2)
+        assert m.injected() > 0
+        assert m.controller.resets == 0
+        counted = m.queues.stats()
+        if fault == "duplicate-cqe@0.3":
+            assert sum(each["late"] for each in counted) > 0
+        if fault == "unknown-cid@0.3":
+            assert sum(each["unknown"] + each["late"] for each in counted) > 0
+
+
+@pytest.mark.parametrize("fault", LOST)
+@pytest.mark.parametrize("kernel", ["gather", "stream", "scatter"])
+def test_lost_completions_are_repeated_when_somebody_waits(data: bytes, fault: str, kernel: str) -> None:
+    with machine(data, timeout=0.3, driver={"timeout": 0.3}) as m:
+        m.inject(fault)
+        lbas = np.random.default_rng(1).permutation(m.namespace.blocks)[:300]
+        rows = Buffer.empty(300 * BLOCK, GPU)
+        if kernel == "gather":
+            done = m.queues.gather(lbas, rows)
+            assert rows.numpy().tobytes() == rows_of(data, lbas, 1)
+        elif kernel == "stream":
+            whole = Buffer.empty(SIZE, GPU)
+            done = m.queues.stream(0, SIZE, whole)
+            assert whole.numpy().tobytes() == data
+        else:
+            done = m.queues.scatter(lbas, rows)
+            m.inject("")
+            everything = m.namespace.read().numpy().tobytes()
+            assert rows_of(everything, lbas, 1) == rows.numpy().tobytes()
+        assert done.done
+        assert m.queues.recoveries > 0
+        assert m.controller.aborts + m.controller.resets > 0
+
+
+def test_lost_completions_are_reported_where_work_may_follow(data: bytes) -> None:
+    with machine(data, timeout=0.3, driver={"timeout": 0.3}) as m:
+        m.inject("drop#7")
+        lbas = some_lbas(m.namespace, 100, 1)
+        out = Buffer.empty(100 * BLOCK, GPU)
+        with pytest.raises(gpunvme.CommandError, match="never answered") as caught:
+            m.queues.gather(lbas, out, wait=False).wait(10)
+        lost = [each for each in caught.value.failures if each.kind == "timeout"]
+        assert len(lost) == 1
+        assert lost[0].lba in lbas
+        m.inject("")
+        m.queues.gather(lbas, out)
+        assert out.numpy().tobytes() == rows_of(data, lbas, 1)
+
+
+def test_a_controller_that_answers_nothing_is_an_error_within_the_deadlines(data: bytes) -> None:
+    with machine(data, timeout=0.2, driver={"timeout": 0.3}) as m:
+        m.inject("drop")
+        out = Buffer.empty(5000 * BLOCK, GPU)
+        with pytest.raises(gpunvme.CommandError, match="never answered"):
+            m.queues.gather(some_lbas(m.namespace, 5000, 1), out)
+        m.inject("")
+        lbas = some_lbas(m.namespace, 100, 1)
+        m.queues.gather(lbas, Buffer.empty(100 * BLOCK, GPU))
+
+
+def test_errors_name_their_rows(data: bytes) -> None:
+    with machine(data) as m:
+        m.inject("error:0x281!#3,error:0x281!#50")
+        lbas = some_lbas(m.namespace, 200, 1)
+        out = Buffer.empty(200 * BLOCK, GPU)
+        with pytest.raises(gpunvme.CommandError) as caught:
+            m.queues.gather(lbas, out)
+        assert {(each.sct, each.sc, each.dnr, each.kind) for each in caught.value.failures} == {
+            (2, 0x81, True, "status")
+        }
+        assert len(caught.value.failures) == 2
+        got = out.numpy().reshape(200, BLOCK)
+        bad = {each.lba for each in caught.value.failures}
+        good = [number for number, lba in enumerate(lbas) if lba not in bad]
+        assert got[good].tobytes() == rows_of(data, lbas[good], 1)
+        m.inject("error:0x004#2,error:0x082#9")  # these may be tried again
+        m.queues.gather(lbas, out)
+        assert out.numpy().tobytes() == rows_of(data, lbas, 1)
+
+
+def test_lbas_on_the_gpu_are_checked_one_by_one(data: bytes) -> None:
+    cupy = pytest.importorskip("cupy")
+    with machine(data) as m:
+        lbas = cupy.asarray([1, m.namespace.blocks, 3, -1, 2**62], dtype=cupy.int64)
+        out = Buffer.empty(5 * BLOCK, GPU)
+        with pytest.raises(gpunvme.CommandError, match="SC 80h, DNR") as caught:
+            m.queues.gather(lbas, out)
+        assert len(caught.value.failures) == 3
+        got = out.numpy().reshape(5, BLOCK)
+        assert got[0].tobytes() + got[2].tobytes() == rows_of(data, [1, 3], 1)
+
+
+@pytest.mark.parametrize("when", [1, 40])
+def test_a_controller_that_fails_is_reset_and_the_rest_is_read(data: bytes, when: int) -> None:
+    with machine(data, timeout=0.5, driver={"timeout": 0.5}) as m:
+        m.inject(f"cfs#{when}")
+        lbas = some_lbas(m.namespace, 2000, 1)
+        out = Buffer.empty(2000 * BLOCK, GPU)
+        m.queues.gather(lbas, out)
+        assert out.numpy().tobytes() == rows_of(data, lbas, 1)
+        assert m.controller.resets >= 1
+
+
+def test_a_reset_by_somebody_else_is_survived(data: bytes) -> None:
+    with machine(data) as m:
+        lbas = some_lbas(m.namespace, 3000, 1)
+        out = Buffer.empty(3000 * BLOCK, GPU)
+        for _ in range(5):
+            transfer = m.queues.gather(lbas, out, wait=False)
+            m.controller.reset()
+            with contextlib.suppress(gpunvme.CommandError):
+                transfer.wait(10)
+            m.queues.gather(lbas, out)
+            assert out.numpy().tobytes() == rows_of(data, lbas, 1)
+
+
+def test_a_controller_that_is_gone_ends_everything_and_closing_works(data: bytes) -> None:
+    with machine(data, timeout=0.3, driver={"timeout": 0.3}) as m:
+        m.inject("device-gone#10")
+        out = Buffer.empty(2000 * BLOCK, GPU)
+        with pytest.raises(gpunvme.NvmeError):
+            m.queues.gather(some_lbas(m.namespace, 2000, 1), out)
+        with pytest.raises(gpunvme.NvmeError):
+            m.queues.gather([0], Buffer.empty(BLOCK, GPU))
+    with machine(data) as m:
+        m.queues.gather([0], Buffer.empty(BLOCK, GPU))
+
+
+def test_a_transfers_deadline_and_cancelling(data: bytes) -> None:
+    with machine(data, timeout=0.5) as m:
+        m.inject("slow:50")
+        lbas = some_lbas(m.namespace, 20000, 1)
+        out = Buffer.empty(20000 * BLOCK, GPU)
+        with pytest.raises(gpunvme.DeadlineExceeded):
+            m.queues.gather(lbas, out, timeout=0.2)
+        transfer = m.queues.gather(lbas, out, wait=False)
+        transfer.cancel()
+        with pytest.raises(gpunvme.Cancelled):
+            transfer.wait(10)
+
+
+# --- kernels of the user's own
+
+PRELUDE = """
+#include <gpunvme/device.h>
+using namespace gpunvme;
+"""
+
+
+def launch(source: str, name: str, grid: Any, block: Any, *arguments: Any) -> None:
+    gpunvme.gpu.compile(PRELUDE + source).kernel(name).launch(grid, block, *arguments, stream=0)
+
+
+DIVERGED = """
+// Every third lane reads, every fifth writes, some do nothing, and each reads another size.
+extern "C" __global__ void run(const GpuQueue* queues, unsigned long long count, unsigned char* out,
+                               unsigned long long* fates, unsigned long long threads) {
+  const unsigned me = blockIdx.x * blockDim.x + threadIdx.x;
+  if (me >= threads) return;
+  const GpuQueue& queue = queues[me % count];
+  Outcome outcome{Fate::kDone, 0, 0};
+  if (me % 3 == 0) {
+    outcome = read(queue, me, 1 + me % 4, out + me * 2048ull);
+  } else if (me % 5 == 1) {
+    outcome = read(queue, me + 7, 4, out + me * 2048ull);
+  }
+  fates[me] = static_cast<unsigned long long>(outcome.fate) << 32 | outcome.status;
+}
+"""
+
+
+@pytest.mark.parametrize(("depth", "count"), [(4, 1), (64, 2)])
+@pytest.mark.parametrize("block", [1, 17, 256])
+def test_diverged_lanes_partial_warps_and_more_threads_than_slots(
+    data: bytes, depth: int, count: int, block: int
+) -> None:
+    threads = 4000 if depth > 4 else 600
+    with machine(data, depth=depth, count=count, timeout=20) as m:
+        out, fates = Buffer.empty(threads * 2048, GPU), Buffer.empty(threads * 8, GPU)
+        launch(DIVERGED, "run", -(-threads // block), block, m.queues, m.queues.count, out, fates, threads)
+        got = out.numpy().reshape(threads, 2048)
+        assert not fates.numpy().any()
+        for me in range(threads):
+            if me % 3 == 0:
+                nbytes = (1 + me % 4) * BLOCK
+                assert got[me, :nbytes].tobytes() == data[me * BLOCK : me * BLOCK + nbytes]
+            elif me % 5 == 1:
+                assert got[me].tobytes() == data[(me + 7) * BLOCK : (me + 11) * BLOCK]
+
+
+GROUPS = """
+extern "C" __global__ void by_warp(const GpuQueue* queues, unsigned long long count, unsigned char* out,
+                                   unsigned long long* bad, unsigned long long blocks) {
+  const unsigned warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  const Outcome outcome = warp_read(queues[warp % count], warp * 3, blocks, out + warp * blocks * 512);
+  if (!outcome.ok()) atomicAdd(bad, 1ull);
+}
+extern "C" __global__ void by_block(const GpuQueue* queues, unsigned long long count, unsigned char* out,
+                                    unsigned long long* bad, unsigned long long blocks) {
+  __shared__ unsigned char tile[16384];
+  const GpuQueue& queue = queues[blockIdx.x % count];
+  Outcome outcome = block_read(queue, blockIdx.x * 5, 32, tile);
+  if (!outcome.ok()) atomicAdd(bad, 1ull);
+  for (unsigned i = threadIdx.x; i < 16384; i += blockDim.x) tile[i] ^= 0x55;
+  __syncthreads();
+  outcome = block_write(queue, 8192 + blockIdx.x * 32, 32, tile);
+  if (!outcome.ok()) atomicAdd(bad, 1ull);
+}
+"""
+
+
+def test_warps_and_blocks_read_and_write_together(data: bytes) -> None:
+    with machine(data, slot_bytes=8192) as m:
+        bad = Buffer.empty(8, GPU)
+        m.queues.gather([0], Buffer.empty(BLOCK, GPU))
+        zero = gpunvme.gpu.compile('extern "C" __global__ void zero(unsigned long long* a) { *a = 0; }').kernel("zero")
+        zero.launch(1, 1, bad, stream=0)
+        out = Buffer.empty(64 * 100 * BLOCK, GPU)
+        launch(GROUPS, "by_warp", 16, 128, m.queues, m.queues.count, out, bad, 100)
+        assert out.numpy().tobytes() == rows_of(data, np.arange(64) * 3, 100)
+        launch(GROUPS, "by_block", 40, 96, m.queues, m.queues.count, out, bad, 0)
+        assert not bad.numpy().any()
+        written = m.namespace.read(8192, 40 * 32).numpy()
+        expected = np.frombuffer(rows_of(data, np.arange(40) * 5, 32), np.uint8) ^ 0x55
+        assert written.tobytes() == expected.tobytes()
+
+
+TOKENS = """
+// Two reads on their way while something else is computed.
+extern "C" __global__ void run(const GpuQueue* queues, unsigned long long count, unsigned long long* sums,
+                               unsigned long long* bad) {
+  const unsigned me = blockIdx.x * blockDim.x + threadIdx.x;
+  const GpuQueue& queue = queues[me % count];
+  Token tokens[2];
+  unsigned long long sum = 0;
+  for (unsigned i = 0; i < 2; ++i) {
+    Fate fate;
+    while ((fate = start(queue, tokens[i], kRead, 2 * me + i, 1)) == Fate::kFull && i == 0) reap(queue);
+    if (fate == Fate::kFull) break;  // it holds one: it must not wait for another
+    if (fate != Fate::kDone) atomicAdd(bad, 1ull);
+  }
+  for (unsigned i = 0; i < 2; ++i) {
+    if (!tokens[i].has_slot()) {
+      while (start(queue, tokens[i], kRead, 2 * me + i, 1) == Fate::kFull) reap(queue);
+    }
+    const Outcome outcome = wait(queue, tokens[i]);
+    if (!outcome.ok()) {
+      atomicAdd(bad, 1ull);
+      continue;
+    }
+    const unsigned char* bytes = data(queue, tokens[i]);
+    for (unsigned at = 0; at < 512; ++at) sum += bytes[at];
+    finish(queue, tokens[i]);
+  }
+  sums[me] = sum;
+}
+"""
+
+
+def test_tokens_overlap_reading_and_computing(data: bytes) -> None:
+    threads = 1024
+    with machine(data, depth=32) as m:
+        sums, bad = Buffer.empty(threads * 8, GPU), Buffer.empty(8, GPU)
+        zero = gpunvme.gpu.compile('extern "C" __global__ void zero(unsigned long long* a) { *a = 0; }').kernel("zero")
+        zero.launch(1, 1, bad, stream=0)
+        launch(TOKENS, "run", 8, 128, m.queues, m.queues.count, sums, bad)
+        got = sums.numpy().view(np.uint64)
+        assert not bad.numpy().any()
+        expected = np.frombuffer(data, np.uint8)[: threads * 2 * BLOCK].reshape(threads, -1).sum(1, dtype=np.uint64)
+        assert (got == expected).all()
+
+
+def test_a_users_kernel_is_told_of_a_timeout_and_the_queues_recover(data: bytes) -> None:
+    with machine(data, timeout=0.3, driver={"timeout": 0.3}) as m:
+        m.inject("drop#3,drop#20")
+        threads = 64
+        out, fates = Buffer.empty(threads * 2048, GPU), Buffer.empty(threads * 8, GPU)
+        launch(DIVERGED, "run", 2, 32, m.queues, m.queues.count, out, fates, threads)
+        kinds = fates.numpy().view(np.uint64) >> 32
+        assert (kinds != 0).sum() >= 1
+        assert set(kinds.tolist()) <= {0, 1, 2}
+        m.inject("")
+        lbas = some_lbas(m.namespace, 200, 1)
+        rows = Buffer.empty(200 * BLOCK, GPU)
+        m.queues.gather(lbas, rows)
+        assert rows.numpy().tobytes() == rows_of(data, lbas, 1)
+        assert m.queues.recoveries >= 1
+
+
+HUNG = """
+extern "C" __global__ void run(const GpuQueue* queues, volatile unsigned* go_on) {
+  while (*go_on == 0) __nanosleep(1000);
+}
+"""
+HANGING_PROGRAM = """
+import sys, time
+import gpunvme
+from gpunvme import nvme
+from gpunvme.gpu.driver import Gpu
+controller = nvme.open("soft:ram?size=1MiB&queues=8", queues=2)
+queues = controller.namespace().gpu_queues(0, count=2, depth=16)
+kernel = gpunvme.gpu.compile(sys.argv[1]).kernel("run")
+host, device = Gpu(0).allocate_host(4096)
+kernel.launch(1, 32, queues, device, stream=0)
+start = time.monotonic()
+try:
+    queues.close(timeout=1)
+except gpunvme.DeadlineExceeded as error:
+    assert "still runs" in str(error), error
+else:
+    sys.exit("close() did not say that a kernel hangs")
+assert time.monotonic() - start < 10
+assert controller.namespace().read(0, 8).nbytes == 4096  # the driver's own queues work on
+controller.close()
+print("closed", flush=True)
+import ctypes
+ctypes.c_uint32.from_address(host).value = 1
+"""
+
+
+def test_a_kernel_that_hangs_cannot_make_close_hang(data: bytes) -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", HANGING_PROGRAM, PRELUDE + HUNG], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert child.stdout == "closed\n", child.stderr
+
+
+# --- other controllers
+
+SERVER = """
+import sys
+from gpunvme.nvme.soft import soft_controller
+from gpunvme.nvme.uri import parse_uri
+from gpunvme.nvme.vfio_user.server import serve
+serve(sys.argv[2], soft_controller(parse_uri(sys.argv[1])), mmap_doorbells=sys.argv[3] == "map",
+      ready=lambda: print("ready", flush=True))
+"""
+
+
+@contextlib.contextmanager
+def served(path: Path, doorbells: str = "map") -> Iterator[str]:
+    uri = f"soft:ram?size={SIZE}&threads=2&queues=12"
+    child = subprocess.Popen(
+        [sys.executable, "-c", SERVER, uri, str(path), doorbells], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    with child, child.stdout:
+        try:
+            assert child.stdout.readline() == "ready\n"
+            yield f"vfio-user:{path}"
+        finally:
+            child.kill()
+
+
+@pytest.mark.parametrize("doorbells", ["map", "messages"])
+def test_a_controller_in_another_process(tmp_path: Path, data: bytes, doorbells: str) -> None:
+    with served(tmp_path / "socket", doorbells) as uri, nvme.open(uri, queues=2) as controller:
+        namespace = controller.namespace()
+        namespace.write_from(data)
+        with namespace.gpu_queues(0, count=4, depth=50) as queues:
+            assert queues.doorbell == ("direct" if doorbells == "map" else "forward")
+            lbas = some_lbas(namespace, 500, 8)
+            out = Buffer.empty(500 * 8 * BLOCK, GPU)
+            queues.gather(lbas, out)
+            assert out.numpy().tobytes() == rows_of(data, lbas, 8)
+            whole = Buffer.empty(SIZE, GPU)
+            queues.stream(0, SIZE, whole)
+            assert whole.numpy().tobytes() == data
+
+
+KILLED_PROGRAM = """
+import sys
+import gpunvme
+from gpunvme import nvme
+from gpunvme.memory import Buffer
+controller = nvme.open(sys.argv[1], queues=2)
+namespace = controller.namespace()
+queues = namespace.gpu_queues(0, count=4, timeout=60)
+print("spinning", flush=True)
+while True:
+    queues.gather(range(1000), Buffer.empty(1000 * 512, "cuda:0"))
+"""
+
+
+def test_a_process_that_is_killed_while_its_kernel_runs_harms_nobody(tmp_path: Path, data: bytes) -> None:
+    with served(tmp_path / "socket") as uri:
+        for _ in range(2):
+            child = subprocess.Popen([sys.executable, "-c", KILLED_PROGRAM, uri], stdout=subprocess.PIPE, text=True)
+            assert child.stdout is not None
+            with child, child.stdout:
+                assert child.stdout.readline() == "spinning\n"
+                time.sleep(0.2)
+                os.kill(child.pid, signal.SIGKILL)
+        with nvme.open(uri, queues=2) as controller:
+            namespace = controller.namespace()
+            namespace.write_from(data)
+            with namespace.gpu_queues(0, count=4) as queues:
+                whole = Buffer.empty(SIZE, GPU)
+                queues.stream(0, SIZE, whole)
+                assert whole.numpy().tobytes() == data
+
+
+# --- bad use
+
+
+def test_bad_use_is_refused_before_any_kernel_runs(data: bytes) -> None:
+    with machine(data) as m:
+        q, out = m.queues, Buffer.empty(10 * BLOCK, GPU)
+        with pytest.raises(gpunvme.RangeError):
+            q.gather([0, m.namespace.blocks], out, blocks=1)
+        with pytest.raises(gpunvme.RangeError):
+            q.stream(m.namespace.blocks - 1, 2 * BLOCK, out)
+        with pytest.raises(gpunvme.RangeError):
+            q.stream(0, 100, out)
+        with pytest.raises(gpunvme.SpanError):
+            q.gather(np.arange(11), out, blocks=1)
+        with pytest.raises(gpunvme.SpanError, match="blocks="):
+            q.gather(np.arange(3), out)
+        with pytest.raises(gpunvme.SpanError, match="cpu"):
+            q.gather([0], bytearray(BLOCK))
+        with pytest.raises(TypeError):
+            q.gather([0.5], out)
+        assert sum(each["completed"] for each in q.stats()) <= 8 + 1
+        namespace = m.namespace
+        for bad, error in (
+            ({"depth": 1 << 20}, ValueError),
+            ({"depth": 1}, ValueError),
+            ({"count": 0}, ValueError),
+            ({"count": 100}, gpunvme.NvmeError),
+            ({"placement": "moon"}, ValueError),
+            ({"placement": "full"}, gpunvme.PathError),
+            ({"doorbell": "bell"}, ValueError),
+            ({"timeout": 0}, ValueError),
+            ({"device": 99}, gpunvme.CudaError),
+            ({"device": "cpu"}, gpunvme.SpanError),
+        ):
+            with pytest.raises(error):
+                namespace.gpu_queues(**bad)
+        assert len(m.controller.take_queue_ids(100)) == 8  # what failed gave its ids back
+
+
+def test_closed_queues_say_so_and_ids_are_used_again(data: bytes) -> None:
+    with machine(data, count=10) as m:
+        for _ in range(5):
+            m.queues.close()
+            m.queues.close()
+            with pytest.raises(ValueError, match="closed"):
+                m.queues.gather([0], Buffer.empty(BLOCK, GPU))
+            m.queues = m.namespace.gpu_queues(0, count=10, depth=16)
+        m.controller.close()
+        with pytest.raises(ValueError, match="closed"):
+            m.queues.gather([0], Buffer.empty(BLOCK, GPU))
+
+
+def test_a_kernel_that_does_not_compile_says_where() -> None:
+    with pytest.raises(gpunvme.CudaError, match=r"mine\.cu\(1\).*undeclared|mine\.cu\(1\).*undefined"):
+        gpunvme.gpu.compile('extern "C" __global__ void run() { undeclared(); }', name="mine.cu")
