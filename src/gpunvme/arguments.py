@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpunvme.errors import RangeError, SpanError
-from gpunvme.memory import Span, span_of
+from gpunvme.memory import Device, Span, check_gpu_span, span_of
 
 
 def checked_span(memory: Any, offset: int, nbytes: int | None, *, writable: bool) -> Span:
@@ -24,6 +24,19 @@ def checked_span(memory: Any, offset: int, nbytes: int | None, *, writable: bool
         what = "destination" if writable else "source"
         raise SpanError(f"the {what} has {span.nbytes} bytes; {nbytes} were asked for")
     return span.part(0, nbytes)
+
+
+def gathered_span(out: Any, device: Any, total: int, reads: str) -> Span:
+    """Turn the destination of a gather into a span of ``total`` bytes; ``reads`` says in words what needs them."""
+    span = span_of(out, writable=True)
+    if device is not None and span.device != Device.parse(device):
+        raise SpanError(f"out is on {span.device}, not on {Device.parse(device)}")
+    if span.nbytes < total:
+        raise SpanError(f"out has {span.nbytes} bytes; {reads} need {total}")
+    span = span.part(0, total)
+    if span.device.is_gpu:
+        check_gpu_span(span, out)
+    return span
 
 
 def offsets_array(offsets: Any) -> NDArray[np.int64]:

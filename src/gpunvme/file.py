@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpunvme import _native
-from gpunvme.arguments import checked_span, offsets_array
-from gpunvme.errors import FileError, RangeError, SpanError
+from gpunvme.arguments import checked_span, gathered_span, offsets_array
+from gpunvme.errors import FileError, RangeError
 from gpunvme.many import carry
-from gpunvme.memory import CPU, Buffer, Device, Span, check_gpu_span, span_of
+from gpunvme.memory import CPU, Buffer, Device, Span, check_gpu_span
 from gpunvme.opening import open_descriptor, open_path, sync_source
 from gpunvme.paths.base import Order, Part, Path, Source
 from gpunvme.paths.choose import HOST, Explanation, choose, explain
@@ -262,14 +262,7 @@ class File:
         total = len(places) * nbytes
         if out is None:
             out = Buffer.empty(total, "cpu" if device is None else device, shape=(len(places), nbytes))
-        span = span_of(out, writable=True)
-        if device is not None and span.device != Device.parse(device):
-            raise SpanError(f"out is on {span.device}, not on {Device.parse(device)}")
-        if span.nbytes < total:
-            raise SpanError(f"out has {span.nbytes} bytes; {len(places)} reads of {nbytes} bytes need {total}")
-        span = span.part(0, total)
-        if span.device.is_gpu:
-            check_gpu_span(span, out)
+        span = gathered_span(out, device, total, f"{len(places)} reads of {nbytes} bytes")
         order = Order(False, span.device, stream_handle(stream, out, span.device), timeout)
         movement = self._path(span.device).begin(order)
 

@@ -564,7 +564,6 @@ class Controller:
             self._bring_up()
         except (NvmeError, DeadlineExceeded) as error:
             self._dead = ControllerError(f"the controller could not be reset: {error}")
-            self._dead.__cause__ = error
             raise self._dead from error
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpunvme.arguments import checked_span, offsets_array
+from gpunvme.arguments import checked_span, gathered_span, offsets_array
 from gpunvme.errors import NvmeError, RangeError, SpanError
 from gpunvme.many import carry
 from gpunvme.memory import CPU, Buffer, Device, Span, address_of, check_gpu_span, span_of
@@ -166,12 +166,7 @@ class Namespace:
         total = len(places) * each
         if out is None:
             out = self._new_buffer(total, "cpu" if device is None else device, (len(places), each))
-        span = span_of(out, writable=True)
-        if device is not None and span.device != Device.parse(device):
-            raise SpanError(f"out is on {span.device}, not on {Device.parse(device)}")
-        if span.nbytes < total:
-            raise SpanError(f"out has {span.nbytes} bytes; {len(places)} reads of {blocks} blocks need {total}")
-        span = span.part(0, total)
+        span = gathered_span(out, device, total, f"{len(places)} reads of {blocks} blocks")
 
         def add(movement: NvmeMovement) -> None:
             movement.add_blocks(address_of(places), len(places), blocks, span)
@@ -373,6 +368,8 @@ class Namespace:
                 f"{self.name} has blocks of {self._block_size} bytes; {span.nbytes} bytes are no whole number of them"
             )
         self._check_range(lba, span.nbytes // self._block_size)
+        if span.device.is_gpu:
+            check_gpu_span(span, memory)
         return span
 
     def _check_range(self, lba: int, blocks: int) -> None:
@@ -438,9 +435,11 @@ class Namespace:
             raise SpanError(f"{self.name}: {total} bytes in all are no whole number of blocks of {self._block_size}")
         self._check_range(operator.index(lba), total // self._block_size)
         device = spans[0].device if spans else CPU
-        for span in spans:
+        for span, memory in zip(spans, memories, strict=True):
             if span.device != device:
                 raise SpanError(f"all pieces must be on one device; got {device} and {span.device}")
+            if device.is_gpu:
+                check_gpu_span(span, memory)
 
         def add(movement: NvmeMovement) -> None:
             movement.add_pieces(lba, spans)
@@ -462,8 +461,6 @@ class Namespace:
         timeout: float | None,
         add: Callable[[NvmeMovement], None],
     ) -> Transfer:
-        if device.is_gpu and isinstance(keep, Span):
-            check_gpu_span(keep, memory)
         order = Order(opcode == spec.NvmOpcode.WRITE, device, stream_handle(stream, memory, device), timeout, not wait)
         movement = NvmeMovement(self, opcode, flags, order)
         return carry(movement, order, nbytes, keep, wait, progress, lambda: add(movement))
