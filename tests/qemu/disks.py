@@ -47,3 +47,8 @@ def devices(folder: Path) -> list[str]:
         *guest.nvme("small", "0b.0", mdts=1, max_ioqpairs=1),
         *guest.namespace(blank(folder / "small1", 32 * MIB), "small1", bus="small", nsid=1, lba=4096),
     ]
+
+
+def behind_iommu(folder: Path) -> list[str]:
+    """The same, and an IOMMU."""
+    return [*guest.iommu(), *devices(folder)]

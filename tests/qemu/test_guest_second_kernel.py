@@ -19,8 +19,8 @@ def by_iommufd(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
     folder = tmp_path_factory.mktemp("iommufd")
     return guest.run_checks(
         IOMMUFD,
-        folder / "share",
-        devices=[*guest.iommu(), *disks.devices(folder)],
+        folder,
+        devices=disks.behind_iommu,
         kernel=guest.SECOND,
         qemu=guest.newer_qemu(),
         environment={"GUEST_WAY": "iommufd"},
@@ -33,8 +33,8 @@ def without_iommu(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
     folder = tmp_path_factory.mktemp("noiommu")
     return guest.run_checks(
         NOIOMMU,
-        folder / "share",
-        devices=disks.devices(folder),
+        folder,
+        devices=disks.devices,
         kernel=guest.SECOND,
         options="intel_iommu=off",
         qemu=guest.newer_qemu(),

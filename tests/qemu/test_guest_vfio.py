@@ -23,8 +23,7 @@ GROUP = ("vfio_transport", "binding", "driver", "command_line")
 def by_group(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
     """The kernel that has VFIO groups only; the QEMU that is installed."""
     folder = tmp_path_factory.mktemp("group")
-    devices = [*guest.iommu(), *disks.devices(folder)]
-    return guest.run_checks(GROUP, folder / "share", devices=devices, kernel=guest.DEBIAN, timeout=600)
+    return guest.run_checks(GROUP, folder, devices=disks.behind_iommu, kernel=guest.DEBIAN, timeout=600)
 
 
 @pytest.mark.parametrize(("program", "name"), guest.checks_of(*GROUP))
@@ -71,3 +70,34 @@ def test_failed_checks_fail(place: Path) -> None:
         checks.expect("program", "check")
     with pytest.raises(guest.GuestError, match="did not run"):
         checks.expect("program", "other")
+
+
+def test_emulator_that_breaks_off_is_told_from_a_guest_that_dies(place: Path) -> None:
+    """A reset ends QEMU as a fault of its own does: without a word on the console."""
+    with pytest.raises(guest.EmulatorError, match="QEMU ended with 0"):
+        guest.run(["sh", "-c", "echo begun; sync; echo b >/proc/sysrq-trigger; sleep 60"], place, devices=[])
+
+
+def test_emulator_that_breaks_off_is_started_once_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    places: list[Path] = []
+
+    def run(command: list[str], share: Path, **options: object) -> guest.Report:
+        places.append(share)
+        if len(places) == 1:
+            raise guest.EmulatorError("it ended")
+        share.mkdir()
+        line = '{"program": "binding", "name": "a", "passed": true, "text": "", "dmesg": "", "seconds": 1, "facts": {}}'
+        (share / "results").write_text(line)
+        return guest.Report(0, "", "", "", share, 1.0)
+
+    monkeypatch.setattr(guest, "run", run)
+    checks = guest.run_checks(["binding"], tmp_path, devices=lambda folder: [str(folder)])
+    assert checks.results["binding", "a"].passed
+    assert places[0] != places[1], "the second guest would find what the first left"
+
+    def breaks_off(*_: object, **__: object) -> guest.Report:
+        raise guest.EmulatorError("it ended again")
+
+    monkeypatch.setattr(guest, "run", breaks_off)
+    with pytest.raises(guest.EmulatorError, match="again"):
+        guest.run_checks(["binding"], tmp_path / "other", devices=lambda folder: [])

@@ -67,8 +67,8 @@ def checks(folder: Path) -> guest.Checks:
     ):
         return guest.run_checks(
             ["vfio_user"],
-            folder / "share",
-            devices=[*shared_memory, *vfio_user_pci(small, "08.0"), *vfio_user_pci(large, "09.0")],
+            folder / "guest",
+            devices=lambda _: [*shared_memory, *vfio_user_pci(small, "08.0"), *vfio_user_pci(large, "09.0")],
             kernel=guest.DEBIAN,
             options="intel_iommu=off",
             qemu=guest.newer_qemu(),
