@@ -20,6 +20,7 @@ static void unmap_locked(struct gpunvme_mapping *mapping)
 {
 	if (mapping->table) {
 		dma_buf_unmap_attachment(mapping->attachment, mapping->table, mapping->direction);
+		gpunvme_flush(mapping->owner);
 		atomic64_sub(mapping->nbytes, &mapping->owner->counts.attached);
 	}
 	mapping->table = NULL;

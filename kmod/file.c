@@ -4,7 +4,6 @@
  * it, the memory is let go of. Whether a process closes the file, crashes or is killed makes no difference.
  */
 #include <linux/fs.h>
-#include <linux/iommu.h>
 #include <linux/sched/mm.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
@@ -26,6 +25,9 @@ static int gpunvme_open(struct inode *inode, struct file *file)
 
 	if (!current->mm)
 		return -EINVAL;
+	/* Who drives an NVMe controller tells it where to write; without an IOMMU that is anywhere. */
+	if (!gpunvme_is_confined(owner) && !capable(CAP_SYS_RAWIO))
+		return -EPERM;
 	if (atomic_cmpxchg(&owner->is_busy, 0, 1))
 		return -EBUSY;
 	opener = kzalloc(sizeof(*opener), GFP_KERNEL_ACCOUNT);
@@ -96,7 +98,7 @@ static long tell_info(struct gpunvme_opener *opener, void __user *argument, u32 
 		.bar_nbytes = owner->bar_nbytes,
 		.mmap_nbytes = owner->mmap_nbytes,
 		.vectors = owner->vectors,
-		.flags = (device_iommu_mapped(&owner->pdev->dev) ? GPUNVME_INFO_IOMMU : 0) | GPUNVME_INFO_DMABUF,
+		.flags = (gpunvme_is_confined(owner) ? GPUNVME_INFO_IOMMU : 0) | GPUNVME_INFO_DMABUF,
 		.max_mappings = max_mappings,
 	};
 

@@ -162,6 +162,8 @@ int gpunvme_reset(struct gpunvme *owner);
 extern const struct file_operations gpunvme_file_operations;
 
 /* mapping.c */
+bool gpunvme_is_confined(struct gpunvme *owner);
+void gpunvme_flush(struct gpunvme *owner);
 struct gpunvme_mapping *gpunvme_map_user(struct gpunvme_opener *opener, u64 address, u64 nbytes,
 					 enum dma_data_direction direction);
 struct gpunvme_mapping *gpunvme_new_mapping(struct gpunvme_opener *opener, u64 address, u64 nbytes,

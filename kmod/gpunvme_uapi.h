@@ -38,7 +38,7 @@ struct gpunvme_info {
 	__u32 reserved;
 };
 
-/* An IOMMU translates what the function reads and writes. */
+/* An IOMMU keeps the function to what is mapped; without one, opening takes CAP_SYS_RAWIO. */
 #define GPUNVME_INFO_IOMMU (1 << 0)
 /* The module can attach dma-bufs. */
 #define GPUNVME_INFO_DMABUF (1 << 1)

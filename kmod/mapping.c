@@ -50,13 +50,40 @@ static int pin_pages(struct gpunvme_mapping *mapping, unsigned long wanted)
 	return 0;
 }
 
+/**
+ * gpunvme_is_confined() - whether an IOMMU keeps the function to what is mapped
+ * @owner: the function
+ *
+ * Return: false without an IOMMU, and where it passes every address through (iommu=pt).
+ */
+bool gpunvme_is_confined(struct gpunvme *owner)
+{
+	struct iommu_domain *domain = iommu_get_domain_for_dev(&owner->pdev->dev);
+
+	return domain && domain->type & __IOMMU_DOMAIN_PAGING;
+}
+
+/**
+ * gpunvme_flush() - have the IOMMU forget what was unmapped
+ * @owner: the function
+ *
+ * The DMA API may leave that for later; but whoever drives the function is not trusted to have stopped using it.
+ */
+void gpunvme_flush(struct gpunvme *owner)
+{
+	struct iommu_domain *domain = iommu_get_domain_for_dev(&owner->pdev->dev);
+
+	if (domain && domain->type & __IOMMU_DOMAIN_PAGING)
+		iommu_flush_iotlb_all(domain);
+}
+
 /* Without an IOMMU, bounce buffers would take the place of memory that is out of reach: the data would never arrive. */
 static bool is_bounced(const struct gpunvme_mapping *mapping)
 {
 	struct scatterlist *each;
 	int i;
 
-	if (device_iommu_mapped(&mapping->owner->pdev->dev))
+	if (gpunvme_is_confined(mapping->owner))
 		return false;
 	for_each_sgtable_dma_sg(mapping->table, each, i) {
 		if (i < mapping->table->orig_nents && mapping->table->nents == mapping->table->orig_nents &&
@@ -173,6 +200,7 @@ void gpunvme_unmap(struct gpunvme_mapping *mapping)
 	} else {
 		if (mapping->table) {
 			dma_unmap_sgtable(&owner->pdev->dev, mapping->table, mapping->direction, 0);
+			gpunvme_flush(owner);
 			sg_free_table(mapping->table);
 			atomic64_sub(mapping->nbytes, &owner->counts.pinned);
 		}

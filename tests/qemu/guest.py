@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DOWN = re.compile(r"Kernel panic|BUG:|Oops|general protection|Call Trace")
 PARTS = REPOSITORY / "build" / "guest"
 INSIDE = Path(__file__).resolve().parent / "inside"
-DEBIAN, SECOND = "debian-6.1", "second"
+DEBIAN, NEW, SECOND = "debian-6.1", "debian-new", "second"
 LONG = os.environ.get("GPUNVME_TEST_LEVEL", "short") == "long"
 EARLY_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 
