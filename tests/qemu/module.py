@@ -31,5 +31,15 @@ def build(kernel: str, folder: Path, *options: str) -> tuple[Path, str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-8000:]
-    complaints = [line for line in said.splitlines() if re.search(r"\b(warning|error): ", line) and not USUAL.search(line)]
+    complaints = [
+        line for line in said.splitlines() if re.search(r"\b(warning|error): ", line) and not USUAL.search(line)
+    ]
     return folder / "gpunvme.ko", "\n".join(complaints)
+
+
+def build_selftest(folder: Path) -> Path:
+    """Build the program that people try the module with, beside a module that was built there."""
+    subprocess.run(
+        ["make", "-s", "-C", folder / "selftest", "CFLAGS=-O2 -Wall -Wextra -Werror"], check=True, timeout=60
+    )
+    return folder / "selftest" / "selftest"

@@ -32,12 +32,13 @@ def test_sparse_finds_nothing(tmp_path: Path) -> None:
 
 def checks_on(kernel: str, folder: Path) -> guest.Checks:
     built, _ = module.build(kernel, folder / "kmod")
+    selftest = module.build_selftest(folder / "kmod")
     return guest.run_checks(
         ["kmod"],
         folder,
-        devices=disks.behind_iommu,
+        devices=disks.with_slow,
         kernel=kernel,
-        environment={"GUEST_MODULE": str(built)},
+        environment={"GUEST_MODULE": str(built), "GUEST_SELFTEST": str(selftest)},
         timeout=600,
     )
 
