@@ -32,7 +32,7 @@ NUMBERS = {
 @pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
 def test_python_and_c_agree(tmp_path):
     """A field that lies elsewhere would have the kernel map other memory than was asked for."""
-    expected = {name: number for name, number in NUMBERS.items()}
+    expected: dict[str, int] = {**NUMBERS}
     expressions = list(NUMBERS)
     for name, structure in STRUCTURES.items():
         for field in structure._fields_:
