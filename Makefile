@@ -14,7 +14,7 @@ NATIVE := $(shell find native -name '*.cpp' -o -name '*.h')
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all pytest native native-plain native-asan native-tsan lint format wheel clean
+.PHONY: help setup demo test test-all pytest native native-plain native-asan native-tsan lint format docs wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 12
@@ -90,6 +90,14 @@ format: setup  ## put source files into their standard form
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
+
+$(VENV)/docs-with: $(VENV)/prepared
+	$(REQUIREMENTS) docs > $@.txt
+	$(PIP) install --requirement $@.txt
+	@touch $@
+
+docs: $(VENV)/docs-with  ## the documentation as a site, in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 wheel: $(VENV)/prepared  ## dist/*.whl
 	@rm -f dist/*.whl

@@ -1,0 +1,34 @@
+"""What the tutorial tells people to type works, in its order."""
+
+import re
+from pathlib import Path
+
+
+from gpunvme.errors import CommandError
+
+TUTORIAL = Path(__file__).resolve().parents[2] / "docs" / "tutorial.md"
+
+
+def test_tutorial_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", TUTORIAL.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 6
+    names: dict[str, object] = {}
+    for block in blocks[:-1]:
+        exec(compile(block, str(TUTORIAL), "exec"), names)  # noqa: S102 - our own page
+    said = capsys.readouterr().out
+    assert "64.0 MiB" in said
+    assert "by host" in said
+    assert "host" in said.splitlines()[-1] or "->" in said
+    # One command in a hundred fails there: either everything is read, or the error says what was not.
+    try:
+        exec(compile(blocks[-1], str(TUTORIAL), "exec"), names)  # noqa: S102
+    except CommandError as error:
+        assert "281" in str(error) or error.failures
+    else:
+        assert "0  1  2  3" in capsys.readouterr().out
+
+
+def test_tutorial_has_no_other_code():
+    """Blocks in other languages would not be run."""
+    assert not re.search(r"^```(?!python$|$)", TUTORIAL.read_text(), re.MULTILINE)
