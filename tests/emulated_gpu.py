@@ -24,6 +24,11 @@ _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w
 _OPTIONS = ["-std=c++20", "-O0", "-fno-omit-frame-pointer", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
 
 
+def is_wanted() -> bool:
+    """Whether tests for GPUs are to run on the emulated one in this process."""
+    return "GPUNVME_FAKE_CUDA_KERNELS" in os.environ
+
+
 def use() -> FakeCuda:
     """Make the emulated GPU that of this process and of its children's."""
     os.environ["GPUNVME_FAKE_CUDA_KERNELS"] = "1"
