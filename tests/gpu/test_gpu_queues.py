@@ -92,7 +92,7 @@ class Int64s:
 
 
 def allocations_wait_for_kernels() -> None:
-    """Threads of this test allocate while kernels of others run, which end by themselves; otherwise that is an error."""
+    """For threads that allocate while kernels of others run, which end by themselves. Otherwise that is an error."""
     if EMULATED:
         fake.control("fake_cuda_wait_for_kernels", 1)
 
