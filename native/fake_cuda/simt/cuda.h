@@ -125,55 +125,57 @@ inline int __clzll(long long bits) { return bits == 0 ? 64 : __builtin_clzll(sta
 
 #define SIMT_FRAME __builtin_frame_address(0)
 
-inline unsigned __activemask(simt::Place place = SIMT_HERE) { return simt::active_mask(SIMT_FRAME, place); }
-inline void __syncwarp(unsigned mask = 0xffffffff, simt::Place place = SIMT_HERE) {
+inline unsigned __activemask(simt::Place place = simt::Place::here()) { return simt::active_mask(SIMT_FRAME, place); }
+inline void __syncwarp(unsigned mask = 0xffffffff, simt::Place place = simt::Place::here()) {
   simt::meet(simt::Collective::kSync, mask, 0, 0, 32, SIMT_FRAME, place);
 }
-inline unsigned __ballot_sync(unsigned mask, int yes, simt::Place place = SIMT_HERE) {
+inline unsigned __ballot_sync(unsigned mask, int yes, simt::Place place = simt::Place::here()) {
   return static_cast<unsigned>(simt::meet(simt::Collective::kBallot, mask, yes != 0, 0, 32, SIMT_FRAME, place));
 }
-inline int __any_sync(unsigned mask, int yes, simt::Place place = SIMT_HERE) {
+inline int __any_sync(unsigned mask, int yes, simt::Place place = simt::Place::here()) {
   return static_cast<int>(simt::meet(simt::Collective::kAny, mask, yes != 0, 0, 32, SIMT_FRAME, place));
 }
-inline int __all_sync(unsigned mask, int yes, simt::Place place = SIMT_HERE) {
+inline int __all_sync(unsigned mask, int yes, simt::Place place = simt::Place::here()) {
   return static_cast<int>(simt::meet(simt::Collective::kAll, mask, yes != 0, 0, 32, SIMT_FRAME, place));
 }
 template <typename T>
-unsigned __match_any_sync(unsigned mask, T value, simt::Place place = SIMT_HERE) {
+unsigned __match_any_sync(unsigned mask, T value, simt::Place place = simt::Place::here()) {
   return static_cast<unsigned>(
       simt::meet(simt::Collective::kMatch, mask, simt::bits_of(value), 0, 32, SIMT_FRAME, place));
 }
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int lane, int width = 32, simt::Place place = SIMT_HERE) {
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32, simt::Place place = simt::Place::here()) {
   return simt::of_bits<T>(
       simt::meet(simt::Collective::kShuffle, mask, simt::bits_of(value), lane, width, SIMT_FRAME, place));
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, simt::Place place = SIMT_HERE) {
+T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, simt::Place place = simt::Place::here()) {
   return simt::of_bits<T>(simt::meet(simt::Collective::kShuffleUp, mask, simt::bits_of(value), static_cast<int>(by),
                                      width, SIMT_FRAME, place));
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, simt::Place place = SIMT_HERE) {
+T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, simt::Place place = simt::Place::here()) {
   return simt::of_bits<T>(simt::meet(simt::Collective::kShuffleDown, mask, simt::bits_of(value), static_cast<int>(by),
                                      width, SIMT_FRAME, place));
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, simt::Place place = SIMT_HERE) {
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, simt::Place place = simt::Place::here()) {
   return simt::of_bits<T>(
       simt::meet(simt::Collective::kShuffleXor, mask, simt::bits_of(value), lanes, width, SIMT_FRAME, place));
 }
 
 // --- blocks
 
-inline void __syncthreads(simt::Place place = SIMT_HERE) { simt::barrier(simt::Barrier::kPlain, 0, SIMT_FRAME, place); }
-inline int __syncthreads_or(int yes, simt::Place place = SIMT_HERE) {
+inline void __syncthreads(simt::Place place = simt::Place::here()) {
+  simt::barrier(simt::Barrier::kPlain, 0, SIMT_FRAME, place);
+}
+inline int __syncthreads_or(int yes, simt::Place place = simt::Place::here()) {
   return simt::barrier(simt::Barrier::kOr, yes, SIMT_FRAME, place);
 }
-inline int __syncthreads_and(int yes, simt::Place place = SIMT_HERE) {
+inline int __syncthreads_and(int yes, simt::Place place = simt::Place::here()) {
   return simt::barrier(simt::Barrier::kAnd, yes, SIMT_FRAME, place);
 }
-inline int __syncthreads_count(int yes, simt::Place place = SIMT_HERE) {
+inline int __syncthreads_count(int yes, simt::Place place = simt::Place::here()) {
   return simt::barrier(simt::Barrier::kCount, yes, SIMT_FRAME, place);
 }
 

@@ -1,6 +1,7 @@
 #include "machine.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -141,9 +142,16 @@ class Machine {
   unsigned threads_ = 0;
 };
 
-// Never destroyed: its thread runs until the process ends.
+// Never destroyed: its thread runs until the process ends. A forked child has no such thread, and gets another.
 Machine& machine() {
-  static auto* const the_machine = new Machine;
+  static std::mutex mutex;
+  static Machine* the_machine = nullptr;
+  static pid_t owner = 0;
+  const std::lock_guard lock(mutex);
+  if (owner != getpid()) {
+    owner = getpid();
+    the_machine = new Machine;
+  }
   return *the_machine;
 }
 

@@ -59,9 +59,12 @@ struct Place {
   const char* file;
   int line;
   const char* function;
+  // As a default argument: where the function is called.
+  static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE(),
+                              const char* function = __builtin_FUNCTION()) {
+    return {file, line, function};
+  }
 };
-#define SIMT_HERE \
-  ::simt::Place { __builtin_FILE(), __builtin_LINE(), __builtin_FUNCTION() }
 
 enum class Collective { kSync, kBallot, kAny, kAll, kMatch, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor };
 enum class Barrier { kPlain, kOr, kAnd, kCount };
