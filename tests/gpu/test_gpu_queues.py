@@ -623,6 +623,34 @@ def test_a_kernel_that_hangs_cannot_make_close_hang(data: bytes) -> None:
     assert child.stdout == "closed\n", child.stderr
 
 
+FAILING_PROGRAM = """
+import gpunvme
+from gpunvme import nvme
+from gpunvme.memory import Buffer
+controller = nvme.open("soft:ram?size=1MiB&queues=8", queues=2)
+namespace = controller.namespace()
+queues = namespace.gpu_queues(0, count=2, depth=16)
+out = Buffer.empty(512, "cuda:0")
+trap = gpunvme.gpu.compile('extern "C" __global__ void run() { __trap(); }').kernel("run")
+trap.launch(1, 32, stream=0)
+try:
+    queues.gather([0], out, stream=0)
+except gpunvme.CudaError as error:
+    print("gather:", type(error).__name__)
+assert namespace.read(0, 8).nbytes == 4096  # the driver's own queues work on
+queues.close()
+controller.close()
+print("closed", flush=True)
+"""
+
+
+def test_a_kernel_that_fails_is_an_error_and_closing_works(data: bytes) -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD + FAILING_PROGRAM], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert child.stdout == "gather: CudaError\nclosed\n", child.stderr
+
+
 # --- other controllers
 
 SERVER = """
