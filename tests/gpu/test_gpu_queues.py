@@ -324,7 +324,7 @@ def test_lost_completions_are_repeated_when_somebody_waits(data: bytes, fault: s
 
 
 def test_lost_completions_are_reported_where_work_may_follow(data: bytes) -> None:
-    with machine(data, timeout=0.3, driver={"timeout": 0.3}) as m:
+    with machine(data, timeout=few(0.3, 2.0), driver={"timeout": 0.3}) as m:
         m.inject("drop#7")
         lbas = some_lbas(m.namespace, 100, 1)
         out = Buffer.empty(100 * BLOCK, GPU)
