@@ -97,6 +97,36 @@ def allocations_wait_for_kernels() -> None:
         fake.control("fake_cuda_wait_for_kernels", 1)
 
 
+PRELUDE = """
+#include <gpunvme/device.h>
+using namespace gpunvme;
+"""
+FREE_SLOTS = """
+// Takes all slots that there are, then gives them back. One thread a queue.
+extern "C" __global__ void free_slots(const GpuQueue* queues, unsigned* slots, unsigned long long most,
+                                      unsigned long long* counts) {
+  const GpuQueue& queue = queues[blockIdx.x];
+  unsigned* const mine = slots + blockIdx.x * most;
+  Token token;
+  unsigned count = 0;
+  while (claim(queue, token)) mine[count++] = token.slot;
+  counts[blockIdx.x] = count;
+  for (unsigned i = 0; i < count; ++i) {
+    token.slot = mine[i];
+    finish(queue, token);
+  }
+}
+"""
+
+
+def all_slots_are_free(queues: Any) -> bool:
+    """Whether nothing that ran on the queues has kept a slot."""
+    most = min(queues.depth, 1024)
+    slots, counts = Buffer.empty(queues.count * most * 4, GPU), Buffer.empty(queues.count * 8, GPU)
+    launch(FREE_SLOTS, "free_slots", queues.count, 1, queues, slots, most, counts)
+    return bool((counts.numpy().view(np.uint64) == most - 1).all())
+
+
 @contextlib.contextmanager
 def machine(data: bytes, options: str = "", **queues: Any) -> Iterator[Machine]:
     made = Machine(data, options, **queues)
@@ -127,6 +157,7 @@ def test_gather_brings_every_row(data: bytes, depth: int, count: int) -> None:
             assert done.path == "gpu-nvme"
             assert done.nbytes == done.direct_bytes == out.nbytes
             assert f"{rows} commands by kernels on cuda:0 over {count} queue" in done.reason
+        assert all_slots_are_free(m.queues)
 
 
 @pytest.mark.parametrize("blocks", few([9, 16, 17, 40, 300], [9, 17, 300]))
@@ -152,6 +183,7 @@ def test_other_controllers(data: bytes, options: str) -> None:
         whole = Buffer.empty(SIZE, GPU)
         m.queues.stream(0, SIZE, whole)
         assert whole.numpy().tobytes() == data
+        assert all_slots_are_free(m.queues)
 
 
 @pytest.mark.parametrize("lba", [0, 7])
@@ -173,6 +205,7 @@ def test_small_queues_stream_too(data: bytes) -> None:
             whole = Buffer.empty(SIZE, GPU)
             m.queues.stream(0, SIZE, whole)
             assert whole.numpy().tobytes() == data
+            assert all_slots_are_free(m.queues)
 
 
 @pytest.mark.parametrize("slot_bytes", [None, 65536])
@@ -189,6 +222,7 @@ def test_scatter_is_the_inverse_of_gather(data: bytes, slot_bytes: int | None) -
             piece = data[number * blocks * BLOCK : (number + 1) * blocks * BLOCK]
             expected[lba * BLOCK : (lba + blocks) * BLOCK] = piece
         assert m.namespace.read().numpy().tobytes() == expected
+        assert all_slots_are_free(m.queues)
 
 
 def test_forwarded_doorbells_carry_the_same(data: bytes) -> None:
@@ -274,6 +308,7 @@ def test_many_jobs_and_threads_share_the_queues(data: bytes) -> None:
         for user in users:
             user.join()
         assert not failures
+        assert all_slots_are_free(m.queues)
 
 
 # --- faults
@@ -293,6 +328,7 @@ def test_what_must_be_borne_costs_nothing_but_time(data: bytes, fault: str) -> N
         assert out.numpy().tobytes() == rows_of(data, lbas, 2)
         assert m.injected() > 0
         assert m.controller.resets == 0
+        assert all_slots_are_free(m.queues)
         counted = m.queues.stats()
         if fault == "duplicate-cqe@0.3":
             assert sum(each["late"] for each in counted) > 0
@@ -322,6 +358,7 @@ def test_lost_completions_are_repeated_when_somebody_waits(data: bytes, fault: s
         assert done.done
         assert m.queues.recoveries > 0
         assert m.controller.aborts + m.controller.resets > 0
+        assert all_slots_are_free(m.queues)
 
 
 def test_lost_completions_are_reported_where_work_may_follow(data: bytes) -> None:
@@ -369,6 +406,7 @@ def test_errors_name_their_rows(data: bytes) -> None:
         m.inject("error:0x004#2,error:0x082#9")  # these may be tried again
         m.queues.gather(lbas, out)
         assert out.numpy().tobytes() == rows_of(data, lbas, 1)
+        assert all_slots_are_free(m.queues)
 
 
 def test_lbas_on_the_gpu_are_checked_one_by_one(data: bytes) -> None:
@@ -406,6 +444,7 @@ def test_a_reset_by_somebody_else_is_survived(data: bytes) -> None:
                 transfer.wait(10)
             m.queues.gather(lbas, out)
             assert out.numpy().tobytes() == rows_of(data, lbas, 1)
+        assert all_slots_are_free(m.queues)
 
 
 def test_a_controller_that_is_gone_ends_everything_and_closing_works(data: bytes) -> None:
@@ -434,11 +473,6 @@ def test_a_transfers_deadline_and_cancelling(data: bytes) -> None:
 
 
 # --- kernels of the user's own
-
-PRELUDE = """
-#include <gpunvme/device.h>
-using namespace gpunvme;
-"""
 
 
 def launch(source: str, name: str, grid: Any, block: Any, *arguments: Any) -> None:
@@ -480,6 +514,7 @@ def test_diverged_lanes_partial_warps_and_more_threads_than_slots(
                 assert got[me, :nbytes].tobytes() == data[me * BLOCK : me * BLOCK + nbytes]
             elif me % 5 == 1:
                 assert got[me].tobytes() == data[(me + 7) * BLOCK : (me + 11) * BLOCK]
+        assert all_slots_are_free(m.queues)
 
 
 GROUPS = """
@@ -517,6 +552,7 @@ def test_warps_and_blocks_read_and_write_together(data: bytes) -> None:
         written = m.namespace.read(8192, 40 * 32).numpy()
         expected = np.frombuffer(rows_of(data, np.arange(40) * 5, 32), np.uint8) ^ 0x55
         assert written.tobytes() == expected.tobytes()
+        assert all_slots_are_free(m.queues)
 
 
 TOKENS = """
@@ -562,6 +598,7 @@ def test_tokens_overlap_reading_and_computing(data: bytes) -> None:
         assert not bad.numpy().any()
         expected = np.frombuffer(data, np.uint8)[: threads * 2 * BLOCK].reshape(threads, -1).sum(1, dtype=np.uint64)
         assert (got == expected).all()
+        assert all_slots_are_free(m.queues)
 
 
 def test_a_users_kernel_is_told_of_a_timeout_and_the_queues_recover(data: bytes) -> None:

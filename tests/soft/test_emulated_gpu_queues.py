@@ -27,6 +27,7 @@ def outcomes() -> tuple[dict[str, list[ElementTree.Element]], str]:
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
         command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short"]
+        command.append("--capture=sys")  # what libcuda says before it aborts is not to be lost
         environment = {"GPUNVME_FAKE_CUDA_KERNELS": "1"}
         child = files.run([*command, f"--junitxml={report}", CASES], timeout=_SECONDS, env=environment)
         said = f"ended with {child.returncode}\n{child.stdout}\n{child.stderr}"
