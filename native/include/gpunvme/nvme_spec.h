@@ -64,7 +64,7 @@ GPUNVME_HD constexpr std::uint32_t bits(std::uint64_t value, unsigned high, unsi
 // CAP (3.1.3.1). As they stand in the register: exponents and 0's based numbers are not resolved, except by the
 // functions whose names give a unit.
 GPUNVME_HD constexpr std::uint32_t cap_mqes(std::uint64_t cap) { return bits(cap, 15, 0); }  // 0's based
-GPUNVME_HD constexpr bool cap_cqr(std::uint64_t cap) { return bits(cap, 16, 16) != 0; }  // queues contiguous
+GPUNVME_HD constexpr bool cap_cqr(std::uint64_t cap) { return bits(cap, 16, 16) != 0; }      // queues contiguous
 GPUNVME_HD constexpr std::uint32_t cap_ams(std::uint64_t cap) { return bits(cap, 18, 17); }
 GPUNVME_HD constexpr std::uint32_t cap_to(std::uint64_t cap) { return bits(cap, 31, 24); }  // 500 ms
 GPUNVME_HD constexpr std::uint32_t cap_dstrd(std::uint64_t cap) { return bits(cap, 35, 32); }
@@ -119,9 +119,7 @@ GPUNVME_HD constexpr std::uint32_t cc_shn(std::uint32_t cc) { return bits(cc, 15
 GPUNVME_HD constexpr std::uint32_t cc_iosqes(std::uint32_t cc) { return bits(cc, 19, 16); }
 GPUNVME_HD constexpr std::uint32_t cc_iocqes(std::uint32_t cc) { return bits(cc, 23, 20); }
 GPUNVME_HD constexpr bool cc_crime(std::uint32_t cc) { return bits(cc, 24, 24) != 0; }
-GPUNVME_HD constexpr std::uint64_t cc_page_bytes(std::uint32_t cc) {
-  return std::uint64_t{4096} << cc_mps(cc);
-}
+GPUNVME_HD constexpr std::uint64_t cc_page_bytes(std::uint32_t cc) { return std::uint64_t{4096} << cc_mps(cc); }
 inline constexpr std::uint32_t kCcEn = 1u << 0;
 inline constexpr unsigned kCcCssShift = 4;
 inline constexpr unsigned kCcMpsShift = 7;
