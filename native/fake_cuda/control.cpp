@@ -15,6 +15,7 @@ bool is_driver_function(std::string_view function) {
   if (function == without_version(#symbol)) return true;
   GPUNVME_CUDA_FUNCTIONS(FAKE_CUDA_IS)
   GPUNVME_CUDA_OPTIONAL_FUNCTIONS(FAKE_CUDA_IS)
+  FAKE_CUDA_KERNEL_FUNCTIONS(FAKE_CUDA_IS)
 #undef FAKE_CUDA_IS
   return false;
 }
@@ -58,6 +59,8 @@ void fake_cuda_reset(void) {
     s.devices[i].error = kCudaSuccess;
   }
   s.page_lock_limit = defaults.page_lock_limit;
+  s.runs_kernels = defaults.runs_kernels;
+  s.waits_for_kernels = defaults.waits_for_kernels;
   s.call_failures.clear();
   s.copy_failures.clear();
   s.calls.clear();
@@ -122,6 +125,18 @@ void fake_cuda_wait_idle(void) {
   ControlCall call;
   wait_idle(call.lock());
 }
+
+void fake_cuda_run_kernels(int on) {
+  ControlCall call;
+  state().runs_kernels = on != 0;
+}
+
+void fake_cuda_wait_for_kernels(int on) {
+  ControlCall call;
+  state().waits_for_kernels = on != 0;
+}
+
+void fake_cuda_seed_kernels(uint64_t seed) { simt::seed(seed); }
 
 uint64_t fake_cuda_calls(const char* function) {
   ControlCall call;

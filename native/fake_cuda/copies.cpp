@@ -90,6 +90,19 @@ CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, std::size_t nbytes, CU
   return call.error() ? call.error() : copy_to_host(call, to, from, nbytes, stream);
 }
 
+CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char byte, std::size_t nbytes, CUstream stream) {
+  DriverCall call("cuMemsetD8Async", DriverCall::kContext);
+  if (call.error()) return call.error();
+  const StreamPtr found = find_stream(reinterpret_cast<std::uintptr_t>(stream), call.device());
+  if (!found) return kInvalidHandle;
+  if (const CUresult error = state().devices[found->device].error) return error;
+  if (nbytes == 0) return kCudaSuccess;
+  std::byte* const bytes = shadow_of(to, nbytes, found->device);
+  if (bytes == nullptr) return kInvalidValue;
+  enqueue(*found, {.work = [=] { std::memset(bytes, byte, nbytes); }, .touches = {{.begin = to, .nbytes = nbytes}}});
+  return kCudaSuccess;
+}
+
 CUresult cuMemcpyBatchAsync(CUdeviceptr* to, CUdeviceptr* from, std::size_t* nbytes, std::size_t count,
                             CopyAttributes* attributes, std::size_t* first_of_attributes, std::size_t attributes_count,
                             std::size_t* failed, CUstream stream) {

@@ -2,7 +2,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
+#include <cstdlib>
 
 #include "state.h"
 
@@ -29,6 +31,7 @@ constexpr ErrorText kErrorTexts[] = {
     {46, "CUDA_ERROR_DEVICE_UNAVAILABLE", "CUDA-capable device(s) is/are busy or unavailable"},
     {100, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"},
     {101, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
+    {200, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
     {201, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {214, "CUDA_ERROR_ECC_UNCORRECTABLE", "uncorrectable ECC error encountered"},
     {304, "CUDA_ERROR_OPERATING_SYSTEM", "OS call failed or operation not supported on this OS"},
@@ -52,7 +55,43 @@ constexpr ErrorText kErrorTexts[] = {
 #undef FAKE_CUDA_NAME
 };
 
+// While a kernel runs these wait for it, on a GPU, now or under circumstances: for ever, if the kernel waits for them.
+constexpr std::string_view kMayWaitForKernels[] = {
+    "cuMemAlloc",        "cuMemFree",           "cuMemHostAlloc",   "cuMemFreeHost",
+    "cuMemHostRegister", "cuMemHostUnregister", "cuModuleLoadData", "cuModuleGetFunction",
+};
+// A kernel that has not ended by then, while such a call waits, waits for it.
+constexpr auto kForEver = std::chrono::seconds(20);
+
+// Contexts below a thread's current one.
+thread_local std::vector<int> t_below;
+
 CUcontext context_of(int device) { return reinterpret_cast<CUcontext>(std::uintptr_t{0xC0DE00} + 0x10 * device); }
+
+// The device of a context that is alive, or -1.
+int device_of(CUcontext context) {
+  for (int device = 0; device < kMaxDevices; ++device) {
+    if (context == context_of(device) && state().devices[device].retained > 0) return device;
+  }
+  return -1;
+}
+
+// CU_DEVICE_ATTRIBUTE_…; as on an H100.
+struct Attribute {
+  int attribute;
+  int value;
+};
+constexpr Attribute kAttributes[] = {
+    {1, 1024},   // MAX_THREADS_PER_BLOCK
+    {10, 32},    // WARP_SIZE
+    {16, 132},   // MULTIPROCESSOR_COUNT
+    {41, 1},     // UNIFIED_ADDRESSING
+    {75, 9},     // COMPUTE_CAPABILITY_MAJOR
+    {76, 0},     // COMPUTE_CAPABILITY_MINOR
+    {91, 1},     // CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+    {116, 1},    // GPU_DIRECT_RDMA_SUPPORTED
+    {118, 100},  // GPU_DIRECT_RDMA_WRITES_ORDERING: for the owner's device
+};
 
 const ErrorText* find_error(CUresult error) {
   for (const ErrorText& entry : kErrorTexts) {
@@ -63,7 +102,7 @@ const ErrorText* find_error(CUresult error) {
 
 }  // namespace
 
-State::State() {
+State::State() : runs_kernels(std::getenv("GPUNVME_FAKE_CUDA_KERNELS") != nullptr) {
   for (Device& device : devices) device.limit = kDefaultLimit;
 }
 
@@ -108,7 +147,18 @@ CUresult DriverCall::check(std::string_view function, Needs needs) {
   if (const CUresult injected = take_failure(s.call_failures, function)) return injected;
   if (needs != kNothing && s.initialised_in.load(std::memory_order_relaxed) == 0) return kCudaNotInitialized;
   if (needs == kContext && t_current_device < 0) return kInvalidContext;
+  if (needs == kContext) require_no_kernel(function);
   return kCudaSuccess;
+}
+
+void DriverCall::require_no_kernel(std::string_view function) {
+  Device& device = state().devices[t_current_device];
+  if (device.kernels == 0 || std::ranges::find(kMayWaitForKernels, function) == std::end(kMayWaitForKernels)) return;
+  const auto none = [&] { return device.kernels == 0; };
+  if (state().waits_for_kernels && state().changed.wait_for(lock_, kForEver, none)) return;
+  std::fprintf(stderr, "fake libcuda: %.*s is called while a kernel runs, for which it may wait for ever\n",
+               static_cast<int>(function.size()), function.data());
+  std::abort();
 }
 
 }  // namespace gpunvme::fake_cuda
@@ -191,13 +241,10 @@ CUresult cuCtxSetCurrent(CUcontext context) {
     t_current_device = -1;
     return kCudaSuccess;
   }
-  for (int device = 0; device < kMaxDevices; ++device) {
-    if (context == context_of(device) && state().devices[device].retained > 0) {
-      t_current_device = device;
-      return kCudaSuccess;
-    }
-  }
-  return kInvalidContext;
+  const int device = device_of(context);
+  if (device < 0) return kInvalidContext;
+  t_current_device = device;
+  return kCudaSuccess;
 }
 
 CUresult cuCtxGetCurrent(CUcontext* context) {
@@ -206,6 +253,48 @@ CUresult cuCtxGetCurrent(CUcontext* context) {
   if (context == nullptr) return kInvalidValue;
   *context = t_current_device < 0 ? nullptr : context_of(t_current_device);
   return kCudaSuccess;
+}
+
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
+  DriverCall call("cuDevicePrimaryCtxRelease_v2", DriverCall::kInit);
+  if (call.error()) return call.error();
+  if (device < 0 || device >= state().device_count) return kInvalidDevice;
+  if (state().devices[device].retained == 0) return kInvalidContext;
+  --state().devices[device].retained;
+  return kCudaSuccess;
+}
+
+CUresult cuCtxPushCurrent_v2(CUcontext context) {
+  DriverCall call("cuCtxPushCurrent_v2", DriverCall::kInit);
+  if (call.error()) return call.error();
+  const int device = device_of(context);
+  if (device < 0) return kInvalidContext;
+  t_below.push_back(t_current_device);
+  t_current_device = device;
+  return kCudaSuccess;
+}
+
+CUresult cuCtxPopCurrent_v2(CUcontext* context) {
+  DriverCall call("cuCtxPopCurrent_v2", DriverCall::kInit);
+  if (call.error()) return call.error();
+  if (t_current_device < 0) return kInvalidContext;
+  if (context != nullptr) *context = context_of(t_current_device);
+  t_current_device = t_below.empty() ? -1 : t_below.back();
+  if (!t_below.empty()) t_below.pop_back();
+  return kCudaSuccess;
+}
+
+CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
+  DriverCall call("cuDeviceGetAttribute", DriverCall::kInit);
+  if (call.error()) return call.error();
+  if (value == nullptr) return kInvalidValue;
+  if (device < 0 || device >= state().device_count) return kInvalidDevice;
+  for (const Attribute& each : kAttributes) {
+    if (each.attribute != attribute) continue;
+    *value = each.value;
+    return kCudaSuccess;
+  }
+  return kInvalidValue;
 }
 
 // The two below have no state and work in a forked child, as the driver's do; they are not counted.

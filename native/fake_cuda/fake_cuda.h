@@ -23,7 +23,15 @@
 //     none for those that name a stream, an event or memory. The other errors are those that it gave on an H100.)
 //   - Handles are never reused, addresses of device memory hardly ever: a stale one is an error.
 //
-// What it does not model: kernels (see fake_cuda_launch_*), contexts other than primary ones and their release,
+// With fake_cuda_run_kernels(1), or GPUNVME_FAKE_CUDA_KERNELS in the environment
+//   - Device memory can be dereferenced, by everybody: kernels reach it, and the fake sees no host code that does.
+//   - Kernels run on an emulated GPU (simt/machine.h), in their stream's order, beside those of other streams. Any
+//     image is taken for the module of the package's own kernels, but for a shared library of this machine, which has
+//     kernels of its own: simt/cuda.h says how to make one. A kernel that traps leaves a sticky error.
+//   - Calls that allocate, free, register or load while a kernel runs abort: on a GPU they may wait for ever. Or they
+//     wait, after fake_cuda_wait_for_kernels(1), and abort only when the kernel does not end.
+//
+// What it does not model: contexts other than primary ones and their release,
 // peers, managed memory, stream-ordered allocation, graphs, priorities, timing of events, what can be locked in memory
 // apart from a limit in bytes.
 //
@@ -85,6 +93,12 @@ FAKE_CUDA_API void fake_cuda_hold(void);
 FAKE_CUDA_API void fake_cuda_release(void);
 // Until nothing is pending.
 FAKE_CUDA_API void fake_cuda_wait_idle(void);
+
+// See above. Before the first allocation; a reset puts both back to what the environment says.
+FAKE_CUDA_API void fake_cuda_run_kernels(int on);
+FAKE_CUDA_API void fake_cuda_wait_for_kernels(int on);
+// Whose turn it is on the emulated GPU is chosen by random numbers; these are others from now on.
+FAKE_CUDA_API void fake_cuda_seed_kernels(uint64_t seed);
 
 // How often a driver function was called, failures included. With or without "_v2".
 FAKE_CUDA_API uint64_t fake_cuda_calls(const char* function);

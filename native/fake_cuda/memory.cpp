@@ -118,11 +118,16 @@ CUresult allocate(int device, std::size_t nbytes, std::uint64_t* pointer) {
   if (nbytes > owner.limit || owner.used > owner.limit - nbytes) return kOutOfMemory;
   // One page more than needed: two allocations never touch, so running over the end meets no other one.
   const std::size_t mapped = (nbytes + page() - 1) / page() * page() + page();
-  void* const address = map(mapped, PROT_NONE);
-  void* const shadow = map(mapped, PROT_READ | PROT_WRITE);
+  const bool reachable = state().runs_kernels;
+  void* const address = map(mapped, reachable ? PROT_READ | PROT_WRITE : PROT_NONE);
+  void* const shadow = reachable ? address : map(mapped, PROT_READ | PROT_WRITE);
+  if (reachable && address != nullptr) {
+    // The page behind the end, which a kernel must not touch either.
+    mprotect(static_cast<std::byte*>(address) + mapped - page(), page(), PROT_NONE);
+  }
   if (address == nullptr || shadow == nullptr) {
     if (address != nullptr) munmap(address, mapped);
-    if (shadow != nullptr) munmap(shadow, mapped);
+    if (shadow != nullptr && shadow != address) munmap(shadow, mapped);
     return kOutOfMemory;
   }
   if (nbytes <= kMostFilled) std::memset(shadow, kFreshByte, nbytes);
@@ -143,7 +148,13 @@ CUresult release_allocation(std::uintptr_t pointer) {
   require_idle("cuMemFree", pointer, allocation.nbytes);
   s.allocations.erase(found);
   s.devices[allocation.device].used -= allocation.nbytes;
-  munmap(allocation.shadow, allocation.mapped);
+  void* const address = reinterpret_cast<void*>(pointer);
+  if (allocation.shadow == address) {
+    // Nothing is there any more, for kernels either.
+    mmap(address, allocation.mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  } else {
+    munmap(allocation.shadow, allocation.mapped);
+  }
   retire({.begin = pointer, .nbytes = allocation.mapped});
   return s.devices[allocation.device].error;
 }
@@ -224,6 +235,16 @@ CUresult cuMemHostUnregister(void* pointer) {
   }
   if (found->second.allocated) return kInvalidValue;
   remove_host_range(found, "cuMemHostUnregister");
+  return call.sticky();
+}
+
+CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* host, unsigned flags) {
+  DriverCall call("cuMemHostGetDevicePointer_v2", DriverCall::kContext);
+  if (call.error()) return call.error();
+  if (device == nullptr || flags != 0) return kInvalidValue;
+  const auto address = reinterpret_cast<std::uintptr_t>(host);
+  if (overlapping_host_range(address, 1) == nullptr) return kInvalidValue;
+  *device = address;  // unified addressing
   return call.sticky();
 }
 

@@ -21,6 +21,7 @@
 #include "../engine/cuda_driver.h"
 #include "fake_cuda.h"
 #include "sanitizers.h"
+#include "simt/machine.h"
 
 // Every driver function the engine loads, declared from the engine's own list: a fake with other parameters does not
 // compile, and one that lacks a function does not link (driver.cpp names them all).
@@ -29,6 +30,25 @@ extern "C" {
 #define FAKE_CUDA_DECLARE(symbol, member, parameters) FAKE_CUDA_API CUresult symbol parameters;
 GPUNVME_CUDA_FUNCTIONS(FAKE_CUDA_DECLARE)
 GPUNVME_CUDA_OPTIONAL_FUNCTIONS(FAKE_CUDA_DECLARE)
+// What src/gpunvme/gpu/driver.py calls besides; its _PROTOTYPES say the same parameters.
+// clang-format off
+using CUmodule = struct CUmod_st*;
+using CUfunction = struct CUfunc_st*;
+#define FAKE_CUDA_KERNEL_FUNCTIONS(X)                                                           \
+  X(cuDeviceGetAttribute, , (int* value, int attribute, CUdevice device))                       \
+  X(cuDevicePrimaryCtxRelease_v2, , (CUdevice device))                                          \
+  X(cuCtxPushCurrent_v2, , (CUcontext context))                                                 \
+  X(cuCtxPopCurrent_v2, , (CUcontext * context))                                                \
+  X(cuCtxSynchronize, , ())                                                                     \
+  X(cuModuleLoadData, , (CUmodule * module, const void* image))                                 \
+  X(cuModuleGetFunction, , (CUfunction * function, CUmodule module, const char* name))          \
+  X(cuFuncGetAttribute, , (int* value, int attribute, CUfunction function))                     \
+  X(cuLaunchKernel, , (CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, \
+    unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream, void** parameters, void** extra)) \
+  X(cuMemsetD8Async, , (CUdeviceptr to, unsigned char byte, std::size_t nbytes, CUstream stream)) \
+  X(cuMemHostGetDevicePointer_v2, , (CUdeviceptr * device, void* host, unsigned flags))
+// clang-format on
+FAKE_CUDA_KERNEL_FUNCTIONS(FAKE_CUDA_DECLARE)
 #undef FAKE_CUDA_DECLARE
 }
 }  // namespace gpunvme
@@ -41,6 +61,7 @@ inline constexpr CUresult kOutOfMemory = 2;
 inline constexpr CUresult kNoDevice = 100;
 inline constexpr CUresult kInvalidDevice = 101;
 inline constexpr CUresult kInvalidContext = 201;
+inline constexpr CUresult kInvalidImage = 200;
 inline constexpr CUresult kInvalidHandle = 400;
 inline constexpr CUresult kNotFound = 500;
 inline constexpr CUresult kAlreadyRegistered = 712;
@@ -74,6 +95,7 @@ struct Range {
 struct Operation {
   std::vector<MarkerPtr> after{};  // in other streams
   std::function<void()> work{};    // runs unlocked on the stream's thread; none for records and waits
+  std::function<int()> kernel{};   // the same for a kernel, which may fail
   std::vector<Range> touches{};
   std::uint64_t delay_us = 0;
   CUresult failure = kCudaSuccess;  // injected: instead of the work, the device fails
@@ -119,7 +141,13 @@ struct Device {
   CUresult error = kCudaSuccess;  // sticky
   std::uint64_t limit;
   std::uint64_t used = 0;
+  unsigned kernels = 0;  // that run now
   StreamPtr legacy;
+};
+
+// A library with kernels for the emulated GPU.
+struct Module {
+  const simt::Kernel* (*find)(const char* name);
 };
 
 // The k-th next thing fails.
@@ -155,6 +183,11 @@ struct State {
   std::uint64_t page_locked = 0;
   std::uint64_t page_lock_limit = UINT64_MAX;
 
+  bool runs_kernels = false;       // device memory is then where its address says
+  bool waits_for_kernels = false;  // calls that a running kernel keeps waiting; otherwise they abort
+  std::map<std::uint64_t, Module> modules;
+  std::map<std::uint64_t, const simt::Kernel*> functions;
+
   CopyTime copy_time;
   bool held = false;
   std::uint64_t release_edge = 0;
@@ -184,6 +217,7 @@ class DriverCall {
 
  private:
   CUresult check(std::string_view function, Needs needs);
+  void require_no_kernel(std::string_view function);
   Hidden hidden_;  // first: outlives the lock
   std::unique_lock<std::mutex> lock_;
   CUresult error_;

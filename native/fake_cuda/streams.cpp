@@ -50,6 +50,18 @@ void execute(Stream& stream, std::unique_lock<std::mutex>& lock) {
     }
     lock.lock();
   }
+  if (device.error == kCudaSuccess && operation.kernel) {
+    ++device.kernels;
+    lock.unlock();
+    int error = kCudaSuccess;
+    {
+      Shown shown;
+      error = operation.kernel();
+    }
+    lock.lock();
+    --device.kernels;
+    if (device.error == kCudaSuccess) device.error = error;
+  }
   tell_before(&operation.done->passed_edge);
   operation.done->passed = true;
   stream.queue.pop_front();

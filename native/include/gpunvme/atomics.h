@@ -9,11 +9,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "gpunvme/target.h"
+
 #if defined(__CUDACC__)
 #include <cuda/atomic>
-#define GPUNVME_HD __host__ __device__
-#else
-#define GPUNVME_HD
 #endif
 
 // A test may put something before every access of the host's: another thread's turn, for instance.

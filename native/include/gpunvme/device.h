@@ -181,7 +181,7 @@ namespace detail {
 GPUNVME_DEVICE inline void copy(void* to, const void* from, std::uint64_t nbytes, std::uint32_t lane,
                                 std::uint32_t lanes) {
   std::uint64_t done = 0;
-#if defined(__CUDACC__)
+#if defined(GPUNVME_WARPS)
   if (((reinterpret_cast<std::uint64_t>(to) | reinterpret_cast<std::uint64_t>(from)) & 15) == 0) {
     constexpr std::uint32_t kAtOnce = 8;  // loads on their way before the first is stored: PCIe is far
     const auto* const source = static_cast<const uint4*>(from);
@@ -259,7 +259,7 @@ GPUNVME_DEVICE inline Outcome write(const GpuQueue& queue, std::uint64_t lba, st
   return detail::transfer(queue, kWrite, lba, blocks, static_cast<unsigned char*>(const_cast<void*>(memory)));
 }
 
-#if defined(__CUDACC__)
+#if defined(GPUNVME_WARPS)
 
 // --- one warp: all 32 lanes call, and work is shared between them
 
@@ -438,6 +438,6 @@ __device__ inline Outcome block_write(const GpuQueue& queue, std::uint64_t lba, 
   return detail::block_transfer(queue, kWrite, lba, blocks, static_cast<unsigned char*>(const_cast<void*>(memory)));
 }
 
-#endif  // __CUDACC__
+#endif  // GPUNVME_WARPS
 
 }  // namespace gpunvme

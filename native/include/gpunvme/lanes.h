@@ -9,19 +9,69 @@
 
 #include "gpunvme/atomics.h"
 
-#if defined(__CUDACC__)
-#define GPUNVME_DEVICE __device__
-#else
-#define GPUNVME_DEVICE
+#if !defined(GPUNVME_WARPS)
 #include <chrono>
 #include <thread>
 #endif
 
 namespace gpunvme {
 
+// --- what the target itself knows: special registers (PTX ISA, "Special Registers")
+
+#if defined(__CUDACC__)
+
+// The lanes of this warp whose numbers are lower than this one's.
+GPUNVME_DEVICE inline std::uint32_t lanes_before() {
+  std::uint32_t before;
+  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(before));
+  return before;
+}
+
+// Nanoseconds on a clock that all threads share. Its steps may be as long as a microsecond.
+GPUNVME_DEVICE inline std::uint64_t now_ns() {
+  std::uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+// A number that is another one for other threads and other times.
+GPUNVME_DEVICE inline std::uint32_t any_number() {
+  std::uint32_t clock;
+  std::uint32_t multiprocessor;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(clock));
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
+  return ((clock >> 4) ^ (multiprocessor << 16 | threadIdx.x)) * 0x9e3779b1u >> 8;
+}
+
+#elif defined(GPUNVME_SIMT)
+
+inline std::uint32_t lanes_before() { return (1u << simt::lane_number()) - 1; }
+inline std::uint64_t now_ns() { return simt::now_ns(); }
+inline std::uint32_t any_number() { return simt::random_number(); }
+
+#else
+
+inline std::uint64_t now_ns() {
+  return static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
+}
+inline std::uint32_t any_number() { return static_cast<std::uint32_t>(now_ns()) * 0x9e3779b1u >> 8; }
+
+#endif
+
+// Leaves the machine to others for a moment: for who waits for another thread.
+GPUNVME_DEVICE inline void pause() {
+#if defined(GPUNVME_WARPS)
+  __nanosleep(64);
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// --- groups
+
 // The number of bits that are set.
 GPUNVME_DEVICE inline std::uint32_t count_bits(std::uint32_t bits) {
-#if defined(__CUDACC__)
+#if defined(GPUNVME_WARPS)
   return static_cast<std::uint32_t>(__popc(bits));
 #else
   return static_cast<std::uint32_t>(__builtin_popcount(bits));
@@ -38,7 +88,7 @@ class Lanes {
  public:
   // Those that run together here. Another time it may be others.
   GPUNVME_DEVICE static Lanes here() {
-#if defined(__CUDACC__)
+#if defined(GPUNVME_WARPS)
     return Lanes(__activemask());
 #else
     return Lanes(1);
@@ -47,7 +97,7 @@ class Lanes {
 
   // Those of them that say the same.
   GPUNVME_DEVICE Lanes alike(const void* what) const {
-#if defined(__CUDACC__)
+#if defined(GPUNVME_WARPS)
     return Lanes(__match_any_sync(mask_, reinterpret_cast<unsigned long long>(what)));
 #else
     (void)what;
@@ -62,7 +112,7 @@ class Lanes {
 
   // All of them wait for each other; what each wrote before, all see after.
   GPUNVME_DEVICE void meet() const {
-#if defined(__CUDACC__)
+#if defined(GPUNVME_WARPS)
     __syncwarp(mask_);
 #endif
   }
@@ -70,7 +120,7 @@ class Lanes {
   // The value that the lane of this rank has.
   template <typename T>
   GPUNVME_DEVICE T from(std::uint32_t rank, T value) const {
-#if defined(__CUDACC__)
+#if defined(GPUNVME_WARPS)
     return __shfl_sync(mask_, value, static_cast<int>(mask_ == kAll ? rank : nth_bit(mask_, rank)));
 #else
     (void)rank;
@@ -79,7 +129,7 @@ class Lanes {
   }
   template <typename T>
   GPUNVME_DEVICE T leaders(T value) const {
-#if defined(__CUDACC__)
+#if defined(GPUNVME_WARPS)
     return __shfl_sync(mask_, value, static_cast<int>(lowest_bit(mask_)));
 #else
     return value;
@@ -88,7 +138,7 @@ class Lanes {
 
   // A bit for each that says yes: by rank from the lowest on where all 32 are here, otherwise by number of the lane.
   GPUNVME_DEVICE std::uint32_t vote(bool yes) const {
-#if defined(__CUDACC__)
+#if defined(GPUNVME_WARPS)
     return __ballot_sync(mask_, yes);
 #else
     return yes ? 1 : 0;
@@ -117,10 +167,8 @@ class Lanes {
   static constexpr std::uint32_t kAll = 0xffffffff;
 
   GPUNVME_DEVICE explicit Lanes(std::uint32_t mask) : mask_(mask), rank_(0), count_(count_bits(mask)) {
-#if defined(__CUDACC__)
-    std::uint32_t before;
-    asm("mov.u32 %0, %%lanemask_lt;" : "=r"(before));
-    rank_ = count_bits(mask & before);
+#if defined(GPUNVME_WARPS)
+    rank_ = count_bits(mask & lanes_before());
 #endif
   }
 
@@ -128,38 +176,5 @@ class Lanes {
   std::uint32_t rank_;
   std::uint32_t count_;
 };
-
-// Nanoseconds on a clock that all threads share. Its steps may be as long as a microsecond.
-GPUNVME_DEVICE inline std::uint64_t now_ns() {
-#if defined(__CUDACC__)
-  std::uint64_t now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  return now;
-#else
-  return static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
-#endif
-}
-
-// A number that is another one for other threads and other times.
-GPUNVME_DEVICE inline std::uint32_t any_number() {
-#if defined(__CUDACC__)
-  std::uint32_t clock;
-  std::uint32_t multiprocessor;
-  asm volatile("mov.u32 %0, %%clock;" : "=r"(clock));
-  asm volatile("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
-  return ((clock >> 4) ^ (multiprocessor << 16 | threadIdx.x)) * 0x9e3779b1u >> 8;
-#else
-  return static_cast<std::uint32_t>(now_ns()) * 0x9e3779b1u >> 8;
-#endif
-}
-
-// Leaves the machine to others for a moment: for who waits for another thread.
-GPUNVME_DEVICE inline void pause() {
-#if defined(__CUDACC__)
-  __nanosleep(64);
-#else
-  std::this_thread::yield();
-#endif
-}
 
 }  // namespace gpunvme

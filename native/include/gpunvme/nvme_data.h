@@ -215,7 +215,7 @@ static_assert(offsetof(IdentifyNamespace, nguid) == 104 && offsetof(IdentifyName
 static_assert(offsetof(IdentifyNamespace, vs) == 384);
 
 // Which LBA format a namespace has, from its FLBAS and NLBAF: bits 6:5 count only where there are more than 16 formats.
-GPUNVME_HOST_DEVICE constexpr std::uint8_t flbas_index(std::uint8_t flbas, std::uint8_t nlbaf) {
+GPUNVME_HD constexpr std::uint8_t flbas_index(std::uint8_t flbas, std::uint8_t nlbaf) {
   return static_cast<std::uint8_t>((flbas & 0xF) | (nlbaf > 15 ? (flbas >> 5 & 0x3) << 4 : 0));
 }
 

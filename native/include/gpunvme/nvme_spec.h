@@ -49,42 +49,42 @@ inline constexpr std::uint32_t kRegDoorbells = 0x1000;
 inline constexpr std::uint32_t kNssrReset = 0x4E564D65;  // "NVMe"
 
 // Doorbells (NVMe over PCIe 1.0, 3.1.2): where queue `qid`'s are in BAR0. `dstrd` is CAP.DSTRD.
-GPUNVME_HOST_DEVICE constexpr std::uint64_t sq_tail_doorbell(std::uint32_t qid, std::uint32_t dstrd) {
+GPUNVME_HD constexpr std::uint64_t sq_tail_doorbell(std::uint32_t qid, std::uint32_t dstrd) {
   return kRegDoorbells + (std::uint64_t{2} * qid * 4 << dstrd);
 }
-GPUNVME_HOST_DEVICE constexpr std::uint64_t cq_head_doorbell(std::uint32_t qid, std::uint32_t dstrd) {
+GPUNVME_HD constexpr std::uint64_t cq_head_doorbell(std::uint32_t qid, std::uint32_t dstrd) {
   return kRegDoorbells + ((std::uint64_t{2} * qid + 1) * 4 << dstrd);
 }
 
 // Bits `high` to `low` of a register.
-GPUNVME_HOST_DEVICE constexpr std::uint32_t bits(std::uint64_t value, unsigned high, unsigned low) {
+GPUNVME_HD constexpr std::uint32_t bits(std::uint64_t value, unsigned high, unsigned low) {
   return static_cast<std::uint32_t>(value >> low & ((std::uint64_t{1} << (high - low + 1)) - 1));
 }
 
 // CAP (3.1.3.1). As they stand in the register: exponents and 0's based numbers are not resolved, except by the
 // functions whose names give a unit.
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cap_mqes(std::uint64_t cap) { return bits(cap, 15, 0); }  // 0's based
-GPUNVME_HOST_DEVICE constexpr bool cap_cqr(std::uint64_t cap) { return bits(cap, 16, 16) != 0; }  // queues contiguous
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cap_ams(std::uint64_t cap) { return bits(cap, 18, 17); }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cap_to(std::uint64_t cap) { return bits(cap, 31, 24); }  // 500 ms
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cap_dstrd(std::uint64_t cap) { return bits(cap, 35, 32); }
-GPUNVME_HOST_DEVICE constexpr bool cap_nssrs(std::uint64_t cap) { return bits(cap, 36, 36) != 0; }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cap_css(std::uint64_t cap) { return bits(cap, 44, 37); }
-GPUNVME_HOST_DEVICE constexpr bool cap_bps(std::uint64_t cap) { return bits(cap, 45, 45) != 0; }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cap_cps(std::uint64_t cap) { return bits(cap, 47, 46); }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cap_mpsmin(std::uint64_t cap) { return bits(cap, 51, 48); }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cap_mpsmax(std::uint64_t cap) { return bits(cap, 55, 52); }
-GPUNVME_HOST_DEVICE constexpr bool cap_pmrs(std::uint64_t cap) { return bits(cap, 56, 56) != 0; }
-GPUNVME_HOST_DEVICE constexpr bool cap_cmbs(std::uint64_t cap) { return bits(cap, 57, 57) != 0; }
-GPUNVME_HOST_DEVICE constexpr bool cap_nsss(std::uint64_t cap) { return bits(cap, 58, 58) != 0; }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cap_crms(std::uint64_t cap) { return bits(cap, 60, 59); }
+GPUNVME_HD constexpr std::uint32_t cap_mqes(std::uint64_t cap) { return bits(cap, 15, 0); }  // 0's based
+GPUNVME_HD constexpr bool cap_cqr(std::uint64_t cap) { return bits(cap, 16, 16) != 0; }      // queues contiguous
+GPUNVME_HD constexpr std::uint32_t cap_ams(std::uint64_t cap) { return bits(cap, 18, 17); }
+GPUNVME_HD constexpr std::uint32_t cap_to(std::uint64_t cap) { return bits(cap, 31, 24); }  // 500 ms
+GPUNVME_HD constexpr std::uint32_t cap_dstrd(std::uint64_t cap) { return bits(cap, 35, 32); }
+GPUNVME_HD constexpr bool cap_nssrs(std::uint64_t cap) { return bits(cap, 36, 36) != 0; }
+GPUNVME_HD constexpr std::uint32_t cap_css(std::uint64_t cap) { return bits(cap, 44, 37); }
+GPUNVME_HD constexpr bool cap_bps(std::uint64_t cap) { return bits(cap, 45, 45) != 0; }
+GPUNVME_HD constexpr std::uint32_t cap_cps(std::uint64_t cap) { return bits(cap, 47, 46); }
+GPUNVME_HD constexpr std::uint32_t cap_mpsmin(std::uint64_t cap) { return bits(cap, 51, 48); }
+GPUNVME_HD constexpr std::uint32_t cap_mpsmax(std::uint64_t cap) { return bits(cap, 55, 52); }
+GPUNVME_HD constexpr bool cap_pmrs(std::uint64_t cap) { return bits(cap, 56, 56) != 0; }
+GPUNVME_HD constexpr bool cap_cmbs(std::uint64_t cap) { return bits(cap, 57, 57) != 0; }
+GPUNVME_HD constexpr bool cap_nsss(std::uint64_t cap) { return bits(cap, 58, 58) != 0; }
+GPUNVME_HD constexpr std::uint32_t cap_crms(std::uint64_t cap) { return bits(cap, 60, 59); }
 // The entries that a queue may have.
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cap_queue_entries(std::uint64_t cap) { return cap_mqes(cap) + 1; }
+GPUNVME_HD constexpr std::uint32_t cap_queue_entries(std::uint64_t cap) { return cap_mqes(cap) + 1; }
 // The smallest and the largest memory page, bytes.
-GPUNVME_HOST_DEVICE constexpr std::uint64_t cap_page_bytes_min(std::uint64_t cap) {
+GPUNVME_HD constexpr std::uint64_t cap_page_bytes_min(std::uint64_t cap) {
   return std::uint64_t{4096} << cap_mpsmin(cap);
 }
-GPUNVME_HOST_DEVICE constexpr std::uint64_t cap_page_bytes_max(std::uint64_t cap) {
+GPUNVME_HD constexpr std::uint64_t cap_page_bytes_max(std::uint64_t cap) {
   return std::uint64_t{4096} << cap_mpsmax(cap);
 }
 
@@ -105,23 +105,21 @@ inline constexpr std::uint32_t kCapCrmsWithMedia = 1u << 0;    // "ready" can wa
 inline constexpr std::uint32_t kCapCrmsIndependent = 1u << 1;  // … or not
 
 // VS (3.1.3.2).
-GPUNVME_HOST_DEVICE constexpr std::uint32_t vs_mjr(std::uint32_t vs) { return bits(vs, 31, 16); }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t vs_mnr(std::uint32_t vs) { return bits(vs, 15, 8); }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t vs_ter(std::uint32_t vs) { return bits(vs, 7, 0); }
+GPUNVME_HD constexpr std::uint32_t vs_mjr(std::uint32_t vs) { return bits(vs, 31, 16); }
+GPUNVME_HD constexpr std::uint32_t vs_mnr(std::uint32_t vs) { return bits(vs, 15, 8); }
+GPUNVME_HD constexpr std::uint32_t vs_ter(std::uint32_t vs) { return bits(vs, 7, 0); }
 inline constexpr std::uint32_t kVersion20 = 0x00020000;
 
 // CC (3.1.3.5).
-GPUNVME_HOST_DEVICE constexpr bool cc_en(std::uint32_t cc) { return bits(cc, 0, 0) != 0; }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cc_css(std::uint32_t cc) { return bits(cc, 6, 4); }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cc_mps(std::uint32_t cc) { return bits(cc, 10, 7); }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cc_ams(std::uint32_t cc) { return bits(cc, 13, 11); }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cc_shn(std::uint32_t cc) { return bits(cc, 15, 14); }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cc_iosqes(std::uint32_t cc) { return bits(cc, 19, 16); }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t cc_iocqes(std::uint32_t cc) { return bits(cc, 23, 20); }
-GPUNVME_HOST_DEVICE constexpr bool cc_crime(std::uint32_t cc) { return bits(cc, 24, 24) != 0; }
-GPUNVME_HOST_DEVICE constexpr std::uint64_t cc_page_bytes(std::uint32_t cc) {
-  return std::uint64_t{4096} << cc_mps(cc);
-}
+GPUNVME_HD constexpr bool cc_en(std::uint32_t cc) { return bits(cc, 0, 0) != 0; }
+GPUNVME_HD constexpr std::uint32_t cc_css(std::uint32_t cc) { return bits(cc, 6, 4); }
+GPUNVME_HD constexpr std::uint32_t cc_mps(std::uint32_t cc) { return bits(cc, 10, 7); }
+GPUNVME_HD constexpr std::uint32_t cc_ams(std::uint32_t cc) { return bits(cc, 13, 11); }
+GPUNVME_HD constexpr std::uint32_t cc_shn(std::uint32_t cc) { return bits(cc, 15, 14); }
+GPUNVME_HD constexpr std::uint32_t cc_iosqes(std::uint32_t cc) { return bits(cc, 19, 16); }
+GPUNVME_HD constexpr std::uint32_t cc_iocqes(std::uint32_t cc) { return bits(cc, 23, 20); }
+GPUNVME_HD constexpr bool cc_crime(std::uint32_t cc) { return bits(cc, 24, 24) != 0; }
+GPUNVME_HD constexpr std::uint64_t cc_page_bytes(std::uint32_t cc) { return std::uint64_t{4096} << cc_mps(cc); }
 inline constexpr std::uint32_t kCcEn = 1u << 0;
 inline constexpr unsigned kCcCssShift = 4;
 inline constexpr unsigned kCcMpsShift = 7;
@@ -140,12 +138,12 @@ inline constexpr std::uint32_t kSqeExponent = 6;  // what CC.IOSQES and CC.IOCQE
 inline constexpr std::uint32_t kCqeExponent = 4;
 
 // CSTS (3.1.3.6).
-GPUNVME_HOST_DEVICE constexpr bool csts_rdy(std::uint32_t csts) { return bits(csts, 0, 0) != 0; }
-GPUNVME_HOST_DEVICE constexpr bool csts_cfs(std::uint32_t csts) { return bits(csts, 1, 1) != 0; }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t csts_shst(std::uint32_t csts) { return bits(csts, 3, 2); }
-GPUNVME_HOST_DEVICE constexpr bool csts_nssro(std::uint32_t csts) { return bits(csts, 4, 4) != 0; }
-GPUNVME_HOST_DEVICE constexpr bool csts_pp(std::uint32_t csts) { return bits(csts, 5, 5) != 0; }
-GPUNVME_HOST_DEVICE constexpr bool csts_st(std::uint32_t csts) { return bits(csts, 6, 6) != 0; }
+GPUNVME_HD constexpr bool csts_rdy(std::uint32_t csts) { return bits(csts, 0, 0) != 0; }
+GPUNVME_HD constexpr bool csts_cfs(std::uint32_t csts) { return bits(csts, 1, 1) != 0; }
+GPUNVME_HD constexpr std::uint32_t csts_shst(std::uint32_t csts) { return bits(csts, 3, 2); }
+GPUNVME_HD constexpr bool csts_nssro(std::uint32_t csts) { return bits(csts, 4, 4) != 0; }
+GPUNVME_HD constexpr bool csts_pp(std::uint32_t csts) { return bits(csts, 5, 5) != 0; }
+GPUNVME_HD constexpr bool csts_st(std::uint32_t csts) { return bits(csts, 6, 6) != 0; }
 inline constexpr std::uint32_t kCstsRdy = 1u << 0;
 inline constexpr std::uint32_t kCstsCfs = 1u << 1;  // controller fatal status
 inline constexpr unsigned kCstsShstShift = 2;
@@ -156,8 +154,8 @@ inline constexpr std::uint32_t kShstOccurring = 1;
 inline constexpr std::uint32_t kShstComplete = 2;
 
 // AQA (3.1.3.8): entries of the admin queues, both 0's based; ASQ and ACQ (3.1.3.9, 3.1.3.10): bits 11:0 are 0.
-GPUNVME_HOST_DEVICE constexpr std::uint32_t aqa_asqs(std::uint32_t aqa) { return bits(aqa, 11, 0); }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t aqa_acqs(std::uint32_t aqa) { return bits(aqa, 27, 16); }
+GPUNVME_HD constexpr std::uint32_t aqa_asqs(std::uint32_t aqa) { return bits(aqa, 11, 0); }
+GPUNVME_HD constexpr std::uint32_t aqa_acqs(std::uint32_t aqa) { return bits(aqa, 27, 16); }
 inline constexpr unsigned kAqaAcqsShift = 16;
 inline constexpr std::uint32_t kAdminQueueEntriesMost = 4096;
 
@@ -197,9 +195,9 @@ struct Cqe {
 };
 static_assert(sizeof(Cqe) == 16 && offsetof(Cqe, sq_head) == 8 && offsetof(Cqe, status) == 14);
 
-GPUNVME_HOST_DEVICE constexpr bool cqe_phase(std::uint16_t status_word) { return (status_word & 1) != 0; }
+GPUNVME_HD constexpr bool cqe_phase(std::uint16_t status_word) { return (status_word & 1) != 0; }
 // The 15-bit status that nvme_status.h is about.
-GPUNVME_HOST_DEVICE constexpr std::uint16_t cqe_status(std::uint16_t status_word) {
+GPUNVME_HD constexpr std::uint16_t cqe_status(std::uint16_t status_word) {
   return static_cast<std::uint16_t>(status_word >> 1);
 }
 
@@ -337,9 +335,9 @@ inline constexpr std::uint8_t kEventErrorDiagnosticFailure = 2;
 inline constexpr std::uint8_t kEventErrorPersistentInternal = 3;
 inline constexpr std::uint8_t kEventErrorTransientInternal = 4;
 inline constexpr std::uint8_t kEventErrorFirmwareLoad = 5;
-GPUNVME_HOST_DEVICE constexpr std::uint32_t event_type(std::uint32_t dw0) { return bits(dw0, 2, 0); }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t event_information(std::uint32_t dw0) { return bits(dw0, 15, 8); }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t event_log_page(std::uint32_t dw0) { return bits(dw0, 23, 16); }
+GPUNVME_HD constexpr std::uint32_t event_type(std::uint32_t dw0) { return bits(dw0, 2, 0); }
+GPUNVME_HD constexpr std::uint32_t event_information(std::uint32_t dw0) { return bits(dw0, 15, 8); }
+GPUNVME_HD constexpr std::uint32_t event_log_page(std::uint32_t dw0) { return bits(dw0, 23, 16); }
 
 // ---- NVM commands (NVM Command Set 1.0, 3.2; Flush: Base 2.0, 7.1)
 

@@ -7,27 +7,21 @@
 
 #include <cstdint>
 
-#ifndef GPUNVME_HOST_DEVICE
-#ifdef __CUDACC__
-#define GPUNVME_HOST_DEVICE __host__ __device__
-#else
-#define GPUNVME_HOST_DEVICE
-#endif
-#endif
+#include "gpunvme/target.h"
 
 namespace gpunvme::nvme {
 
 inline constexpr std::uint16_t kStatusMore = 1u << 13;  // M: the error log has more about this
 inline constexpr std::uint16_t kStatusDnr = 1u << 14;   // Do Not Retry: the same command would fail again
 
-GPUNVME_HOST_DEVICE constexpr std::uint32_t status_sc(std::uint16_t status) { return status & 0xFF; }
-GPUNVME_HOST_DEVICE constexpr std::uint32_t status_sct(std::uint16_t status) { return status >> 8 & 0x7; }
+GPUNVME_HD constexpr std::uint32_t status_sc(std::uint16_t status) { return status & 0xFF; }
+GPUNVME_HD constexpr std::uint32_t status_sct(std::uint16_t status) { return status >> 8 & 0x7; }
 // Command Retry Delay: 0 none, 1 to 3 which of Identify Controller's CRDT1 to CRDT3.
-GPUNVME_HOST_DEVICE constexpr std::uint32_t status_crd(std::uint16_t status) { return status >> 11 & 0x3; }
-GPUNVME_HOST_DEVICE constexpr bool status_more(std::uint16_t status) { return (status & kStatusMore) != 0; }
-GPUNVME_HOST_DEVICE constexpr bool status_dnr(std::uint16_t status) { return (status & kStatusDnr) != 0; }
+GPUNVME_HD constexpr std::uint32_t status_crd(std::uint16_t status) { return status >> 11 & 0x3; }
+GPUNVME_HD constexpr bool status_more(std::uint16_t status) { return (status & kStatusMore) != 0; }
+GPUNVME_HD constexpr bool status_dnr(std::uint16_t status) { return (status & kStatusDnr) != 0; }
 // SCT<<8 | SC, to be compared with the codes below.
-GPUNVME_HOST_DEVICE constexpr std::uint16_t status_code(std::uint16_t status) { return status & 0x7FF; }
+GPUNVME_HD constexpr std::uint16_t status_code(std::uint16_t status) { return status & 0x7FF; }
 
 // Status Code Types.
 inline constexpr std::uint8_t kSctGeneric = 0;

@@ -260,7 +260,7 @@ class WarpQueue {
 
   GPUNVME_DEVICE void write_entries(const Lanes& lanes, std::uint64_t first, const IoCommand& command,
                                     std::uint16_t cid) const {
-#if defined(__CUDACC__)
+#if defined(GPUNVME_WARPS)
     // Four lanes write one entry, 16 bytes each: whole lines go across PCIe, not parts of them.
     const std::uint32_t word0 = command.opcode | static_cast<std::uint32_t>(cid) << 16;
     for (std::uint32_t part = 0; part < 4; ++part) {

@@ -263,12 +263,15 @@ class Gpu:
                 call("cuStreamSynchronize", stream)
 
     def destroy(self, *, stream: int = 0, event: int = 0) -> None:
-        """Give a stream or an event back."""
-        with self.current():
-            if stream:
-                call("cuStreamDestroy_v2", stream)
-            if event:
-                call("cuEventDestroy_v2", event)
+        """Give a stream or an event back. After a kernel failed the driver refuses, and has taken them itself."""
+        try:
+            with self.current():
+                if stream:
+                    call("cuStreamDestroy_v2", stream)
+                if event:
+                    call("cuEventDestroy_v2", event)
+        except CudaError:
+            pass
 
     def load(self, image: bytes) -> int:
         """Load a module: a cubin, a fatbin or PTX. It stays until the process ends."""

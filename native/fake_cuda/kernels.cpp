@@ -1,0 +1,7 @@
+// The kernels that come with the package, for the emulated GPU: the same source that nvcc compiles.
+#include "simt/cuda.h"
+
+SIMT_KERNELS_BEGIN
+#include "all.cu"
+SIMT_KERNELS_END(SIMT_KERNEL(gpunvme_layout), SIMT_KERNEL(gpunvme_set_up), SIMT_KERNEL(gpunvme_reap),
+                 SIMT_KERNEL(gpunvme_gather), SIMT_KERNEL(gpunvme_scatter), SIMT_KERNEL(gpunvme_stream))

@@ -1,0 +1,52 @@
+"""The tests of GPU queues on the emulated GPU, in a process of their own: they need no GPU, and run wherever CI does.
+
+If this failed, kernels would do wrong on a GPU what can be seen on none before: the warps are real, only slow.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import files
+
+_SECONDS = 280  # for all of it, on a machine that does other things too
+CASES = Path(__file__).parent.parent / "gpu" / "test_gpu_queues.py"
+
+
+@functools.cache
+def outcomes() -> tuple[dict[str, list[ElementTree.Element]], str]:
+    """What pytest says of each case, and all that it printed."""
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory) / "report.xml"
+        command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short"]
+        command.append("--capture=sys")  # what libcuda says before it aborts is not to be lost
+        environment = {"GPUNVME_FAKE_CUDA_KERNELS": "1"}
+        child = files.run([*command, f"--junitxml={report}", CASES], timeout=_SECONDS, env=environment)
+        said = f"ended with {child.returncode}\n{child.stdout}\n{child.stderr}"
+        cases: dict[str, list[ElementTree.Element]] = {}
+        if report.exists():
+            for case in ElementTree.parse(report).iter("testcase"):
+                cases.setdefault(case.attrib["name"].partition("[")[0], []).append(case)
+        return cases, said
+
+
+@pytest.mark.timeout(_SECONDS + 10)
+@pytest.mark.parametrize("case", re.findall(r"^def (test_\w+)", CASES.read_text(), re.MULTILINE))
+def test_on_the_emulated_gpu(case: str) -> None:
+    if not os.environ.get("GPUNVME_FAKE_LIBCUDA"):
+        pytest.skip("no libcuda for tests: run `make native-plain`, or name it in GPUNVME_FAKE_LIBCUDA")
+    cases, said = outcomes()
+    assert case in cases, said
+    skipped = [each.find("skipped") for each in cases[case]]
+    wrong = [each for each, skip in zip(cases[case], skipped, strict=True) if skip is None and len(each)]
+    assert not wrong, "\n".join(ElementTree.tostring(each, "unicode") for each in wrong)
+    if all(skip is not None for skip in skipped):
+        pytest.skip(next(skip.attrib.get("message", "") for skip in skipped if skip is not None))
