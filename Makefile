@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip -qq --disable-pip-version-check
 REQUIREMENTS = $(BIN)/python tools/requirements
 NATIVE := $(shell find native -name '*.cpp' -o -name '*.h')
+KERNELS := $(wildcard src/gpunvme/gpu/kernels/*.cu*)
 
 # Tools that were installed into the environment come before the system's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -28,7 +29,7 @@ $(VENV)/prepared: tools/setup tools/requirements pyproject.toml
 	@touch $@
 
 # An editable installation: changes to Python files need nothing, changes to native ones a rebuild.
-$(VENV)/built: $(VENV)/prepared CMakeLists.txt native/CMakeLists.txt $(NATIVE)
+$(VENV)/built: $(VENV)/prepared CMakeLists.txt native/CMakeLists.txt $(NATIVE) $(KERNELS)
 	$(PIP) install --no-build-isolation --editable . --config-settings cmake.define.GPUNVME_WERROR=$(WERROR)
 	@touch $@
 
