@@ -16,13 +16,14 @@ from xml.etree import ElementTree
 
 import pytest
 
+import emulated_gpu_path_cases
 import fake_gpu_cases
 import fake_gpu_path_cases
 import files
 
 CASES = [
     pytest.param(module, name, id=name)
-    for module in (fake_gpu_cases, fake_gpu_path_cases)
+    for module in (fake_gpu_cases, fake_gpu_path_cases, emulated_gpu_path_cases)
     for name in sorted(vars(module))
     if name.startswith("test_")
 ]

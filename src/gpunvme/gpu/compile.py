@@ -369,8 +369,10 @@ def own_kernels(gpu: Gpu) -> Program:
             return Program(gpu, shipped.read_bytes())
         except CudaError:
             pass  # for none of the GPUs that it was compiled for: compile
-    else:
-        missing = why_no_kernels()
-        if missing:
-            raise CudaError(missing)
-    return Program(gpu, _compiled((_KERNELS / "all.cu").read_text(), gpu.capability, (), "gpunvme's kernels"))
+    source = (_KERNELS / "all.cu").read_text()
+    try:
+        return Program(gpu, _compiled(source, gpu.capability, (), "gpunvme's kernels"))
+    except CudaError as error:
+        if shipped is not None:
+            raise
+        raise CudaError(f"gpunvme was built without nvcc, and cannot compile its kernels now: {error}") from None

@@ -2,7 +2,8 @@
 
 Whole blocks go to their place at once. Where only a part of a block is wanted, whole blocks are read into GPU memory
 of the path's own, and a kernel cuts the part out. Kernels are launched on a stream of the path's own when the work that
-was queued on the caller's stream has ended, never before: none of ours may wait there for work that waits for us.
+was queued on the caller's stream has ended, never before: none of ours may wait there for work that waits for us. One
+at a time is in flight: a second one may need memory, and allocating that may wait for the first.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from gpunvme.paths.base import Order
 
 NAME = "gpu-nvme"
-_AT_ONCE = 2  # launches in flight: the next one is there when the GPU is done with one
 _MOST_PIECES = 1 << 20  # commands of a launch: what queues keep memory for
 _STEP = 0.05  # seconds after which a thread that drives looks whether it was told to stop
 _LOOK_HARD, _NAP = 0.0005, 0.00005
@@ -93,7 +93,7 @@ class RangeMovement:
         self._done = threading.Event()
         self._sealed = self._alone = False
         self._pending = _Pending()
-        self._flying: list[_Launch] = []
+        self._flying: _Launch | None = None
         self._failure: Exception | None = None
         self._failed: list[Failed] = []
         self._stopped_by: Error | None = None
@@ -204,19 +204,17 @@ class RangeMovement:
         if self._done.is_set():
             return
         try:
-            self._flying = [each for each in self._flying if not self._is_over(each)]
+            if self._flying is not None and self._is_over(self._flying):
+                self._flying = None
             if self._failure is not None or self._stopped_by is not None:
                 self._pending = _Pending()
-            while len(self._flying) < _AT_ONCE and self._pending and self._may_begin():
-                launch = self._launch_next()
-                if launch is None:
-                    break
-                self._flying.append(launch)
-                if self._stopped_by is not None:
-                    launch.transfer.cancel()
+            if self._flying is None and self._pending and self._may_begin():
+                self._flying = self._launch_next()
+                if self._flying is not None and self._stopped_by is not None:
+                    self._flying.transfer.cancel()
         except (Error, ValueError) as error:
             self._fail(error)
-        if self._sealed and not self._flying and not self._pending:
+        if self._sealed and self._flying is None and not self._pending:
             self._end()
 
     def _may_begin(self) -> bool:
@@ -227,13 +225,12 @@ class RangeMovement:
         pending = self._pending
         if pending.ranges:
             return self._launch_range(*pending.ranges.popleft())
-        lane_is_used = any(each.cuts is not None for each in self._flying)
         most = min(MOST_CUTS, self._lane.bounce.nbytes // self._block)
-        if not pending.rows and pending.cuts and (self._sealed or len(pending.cuts) >= most) and not lane_is_used:
+        if not pending.rows and pending.cuts and (self._sealed or len(pending.cuts) >= most):
             some, pending.cuts = pending.cuts[:most], pending.cuts[most:]
             lbas, starts, sizes, addresses = (np.array(each, np.int64) for each in zip(*some, strict=True))
             pending.rows.append(self._cut_rows(lbas, 1, starts, sizes, addresses.view(np.uint64)))
-        if not pending.rows or (lane_is_used and pending.rows[0].cuts is not None):
+        if not pending.rows:
             return None
         rows = pending.rows.popleft()
         transfer = self._queues.gather(rows.lbas, rows.span, blocks=rows.blocks, stream=self._lane.stream, wait=False)
@@ -321,8 +318,8 @@ class RangeMovement:
                 waited = time.monotonic() - start
                 if self._done.is_set() or waited >= seconds:
                     return
-                if self._flying and not self._flying[0].cutting:
-                    self._flying[0].job.wait(seconds - waited)
+                if self._flying is not None and not self._flying.cutting:
+                    self._flying.job.wait(seconds - waited)
                 else:
                     time.sleep(0 if waited < _LOOK_HARD else _NAP)
         finally:
@@ -349,8 +346,9 @@ class RangeMovement:
         if self._done.is_set():
             return
         self._stopped_by = self._stopped_by or error
-        for launch in list(self._flying):
-            launch.transfer.cancel()
+        flying = self._flying
+        if flying is not None:
+            flying.transfer.cancel()
         self._sealed = True  # nothing that may still be added is begun
         self._go_on_alone()  # whoever waited may have had enough
 
@@ -364,11 +362,10 @@ class RangeMovement:
         """What was done so far."""
         seconds = self._seconds if self._done.is_set() else time.perf_counter() - self._start
         moved, bounced = self._moved, self._bounced
-        if not self._done.is_set():
-            for launch in list(self._flying):
-                now = launch.transfer._now()
-                if launch.cuts is None:
-                    moved, bounced = moved + now.direct_bytes, bounced + now.bounced_bytes
+        flying = self._flying
+        if flying is not None and flying.cuts is None:
+            now = flying.transfer._now()
+            moved, bounced = moved + now.direct_bytes, bounced + now.bounced_bytes
         return Report(NAME, self._reason(), seconds, direct_bytes=moved, bounced_bytes=bounced)
 
     def _reason(self) -> str:
