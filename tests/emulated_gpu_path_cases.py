@@ -102,7 +102,7 @@ def test_errors_name_their_blocks_and_the_next_read_works(gpu: FakeCuda) -> None
 def test_a_deadline_is_kept(gpu: FakeCuda) -> None:
     with Machine() as m, m.open() as file:
         file.read(0, 512, GPU)
-        m.inject("slow:20000")
+        m.inject("slow:300")
         start = time.monotonic()
         with pytest.raises(gpunvme.DeadlineExceeded):
             file.gather(np.arange(1000) * 512, 512, device=GPU, timeout=0.2)
@@ -149,7 +149,7 @@ def test_closing_ends_what_is_in_flight_and_gives_everything_back(gpu: FakeCuda)
     with Machine() as m:
         file = m.open()
         file.read(0, 512, GPU)
-        m.inject("slow:20000")
+        m.inject("slow:50")
         buffer = Buffer.empty(SIZE, GPU)
         transfer = file.read_into(buffer, wait=False)
         file.close()
@@ -167,7 +167,7 @@ def test_closing_ends_what_is_in_flight_and_gives_everything_back(gpu: FakeCuda)
 def test_bad_use_is_refused_before_any_kernel_starts(gpu: FakeCuda) -> None:
     """Nothing may be half done, and nobody wants to learn of a wrong argument from a hung GPU."""
     gpu.set_device_count(2)
-    with Machine("&mqes=255") as m, m.namespace.gpu_queues(0, count=2, depth=16) as queues:
+    with Machine("&mqes=256") as m, m.namespace.gpu_queues(0, count=2, depth=16) as queues:
         space, out, other = m.namespace, Buffer.empty(10 * 512, GPU), Buffer.empty(10 * 512, "cuda:1")
         launched = gpu.calls("cuLaunchKernel")
         cases: list[tuple[Any, Any, str]] = [
