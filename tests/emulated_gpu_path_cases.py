@@ -6,6 +6,7 @@ test_file_gpu.py runs it in its own process.
 from __future__ import annotations
 
 import gc
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ import gpunvme
 from fake_cuda import FakeCuda
 from files import contents
 from gpunvme import nvme
+from gpunvme.cli import demo_gpu, main
+from gpunvme.cli.exits import Exit
+from gpunvme.gpu import GpuQueues
 from gpunvme.memory import Buffer, Span
 
 SIZE = 1 << 20
@@ -162,6 +166,36 @@ def test_closing_ends_what_is_in_flight_and_gives_everything_back(gpu: FakeCuda)
     del buffer, transfer
     gc.collect()
     assert {key: n for key, n in gpu.counters().live().items() if n > before[key]} == {}
+
+
+@pytest.fixture
+def small_demo(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("IMAGE_BYTES", SIZE), ("ROWS", 300), ("ROWS_ALONE", 30), ("ROUNDS", 1)):
+        monkeypatch.setattr(demo_gpu, name, value)
+
+
+def test_the_demo_of_gpu_queues(small_demo: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--gpu", "--json"]) == Exit.OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["placement"] in found["tiers"]
+    assert all(found["tiers"][tier] for tier in ("host", "data", "full"))
+    assert found["doorbell"] == "direct"
+    assert [row["verified"] for row in found["gathers"]] == [30, 30, 300, 300]
+    assert [row["path"] for row in found["in_order"]] == ["gpu-nvme", "nvme", "host"]
+    assert main(["demo", "--gpu"]) == Exit.OK
+    said = capsys.readouterr().out
+    for word in ("Placements", "Doorbells: direct", "IOPS", "bit by bit", *found["tiers"].values()):
+        assert word in said
+
+
+def test_the_demo_sees_wrong_bytes(
+    small_demo: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gather = GpuQueues.gather
+    monkeypatch.setattr(GpuQueues, "gather", lambda self, lbas, out, **rest: gather(self, np.array(lbas) ^ 1, out))
+    monkeypatch.setattr(GpuQueues, "_verify", lambda self: None)
+    assert main(["demo", "--gpu"]) == Exit.CHECK_FAILED
+    assert "are not those of the image" in capsys.readouterr().err
 
 
 def test_bad_use_is_refused_before_any_kernel_starts(gpu: FakeCuda) -> None:
