@@ -14,6 +14,7 @@ from gpunvme import gpu, nvme
 
 NODES, FEATURES, BATCH, FANOUT = 16_384, 1024, 2_000, 15
 LANES = 32
+EACH = FEATURES // LANES  # features of a lane
 NBYTES = FEATURES * 4
 source = (Path(__file__).parent / "read_row.cu").read_text()
 
@@ -22,23 +23,23 @@ def make_kernel(capability):
     """Compile read_row.cu for a GPU, so that it can be linked, and the kernel that calls it."""
     image = gpu.compile_to_cubin(source, capability, ["--relocatable-device-code=true"], "read_row.cu")
     read_row = cuda.declare_device(
-        "read_row", "uint32(uint64, uint64, int64, uint64, uint64)", link=cuda.Object(image, name="read_row")
+        "read_row", "uint32(int64, int64, int64, int64, int64)", link=cuda.Cubin(image, name="read_row")
     )
 
     def mean_of_neighbours(queues, queue_count, neighbours, rows, rows_at, out, failed):
         """One warp a node, which reads each neighbour into the node's row and adds it up."""
         node, lane = cuda.blockIdx.x, cuda.threadIdx.x
-        sums = cuda.local.array(FEATURES // LANES, float32)
-        for j in range(FEATURES // LANES):
+        sums = cuda.local.array(EACH, float32)
+        for j in range(EACH):
             sums[j] = 0
         for i in range(FANOUT):
             ok = read_row(queues, node % queue_count, neighbours[node, i], NBYTES, rows_at + node * NBYTES)
             if ok == 0 and lane == 0:
                 cuda.atomic.add(failed, 0, 1)
-            for j in range(FEATURES // LANES):
+            for j in range(EACH):
                 sums[j] += rows[node, LANES * j + lane]
             cuda.syncwarp()  # all have read the row before the next one comes
-        for j in range(FEATURES // LANES):
+        for j in range(EACH):
             out[node, LANES * j + lane] = sums[j] / FANOUT
 
     return mean_of_neighbours
@@ -60,10 +61,10 @@ def main():
             kernel = cuda.jit(make_kernel(cuda.get_current_device().compute_capability))
             ids = cuda.to_device(neighbours)
             rows, out = (cuda.device_array((BATCH, FEATURES), np.float32) for _ in range(2))
-            failed = cuda.to_device(np.zeros(1, np.uint64))
+            failed = cuda.to_device(np.zeros(1, np.int64))
             rows_at = rows.__cuda_array_interface__["data"][0]
-            arguments = np.uint64(queues.handle), np.uint64(queues.count), ids, rows, np.uint64(rows_at), out, failed
-            kernel[BATCH, LANES](*arguments)
+            # Addresses are signed here: in Numba, unsigned and signed integers together make floating point.
+            kernel[BATCH, LANES](queues.handle, queues.count, ids, rows, rows_at, out, failed)
             means, failures = out.copy_to_host(), int(failed.copy_to_host()[0])
 
         expected = features.reshape(NODES, FEATURES)[neighbours].mean(1)
