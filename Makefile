@@ -15,7 +15,8 @@ KERNELS := $(wildcard src/gpunvme/gpu/kernels/*.cu*)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all pytest native native-plain native-asan native-tsan lint format wheel clean
+.PHONY: help setup demo test test-all pytest native native-plain native-asan native-tsan device-code lint format wheel
+.PHONY: clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 12
@@ -47,6 +48,11 @@ $(VENV)/guests: $(VENV)/prepared tools/guest-setup
 	$(BIN)/python tools/guest-setup
 	@touch $@
 
+# Up to 190 MB, where the machine has no CUDA toolkit.
+$(VENV)/device-compilers: $(VENV)/prepared tools/device-compilers
+	tools/device-compilers $(VENV)
+	@touch $@
+
 # --- using
 
 demo: $(VENV)/built $(VENV)/demo-checkpoint  ## load a real checkpoint (90 MB, fetched once) and say how it was read
@@ -54,11 +60,11 @@ demo: $(VENV)/built $(VENV)/demo-checkpoint  ## load a real checkpoint (90 MB, f
 
 # --- testing
 
-test: native pytest  ## all tests in their short form, the engine's also under sanitizers
+test: native device-code pytest  ## all tests in their short form, the engine's also under sanitizers
 
 test-all: export GPUNVME_TEST_LEVEL := long
 test-all: export PYTEST_TIMEOUT := 1800
-test-all: native pytest  ## the same at length: more examples, more rounds, slow tests
+test-all: native device-code pytest  ## the same at length: more examples, more rounds, slow tests
 
 native: native-plain native-asan native-tsan  ## the engine's own tests: plain, ASan and UBSan, TSan
 
@@ -71,6 +77,9 @@ native-plain native-asan native-tsan: native-%: $(VENV)/prepared
 	  -DGPUNVME_WERROR=$(if $(SANITIZE),OFF,$(WERROR)) -DGPUNVME_SANITIZE=$(SANITIZE) $(CMAKE_ARGS)
 	cmake --build build/$*
 	$(WITHOUT_RANDOM) ctest --test-dir build/$* --output-on-failure --no-tests=error
+
+device-code: $(VENV)/built $(VENV)/device-compilers  ## compile what runs on GPUs, for all that we ship for
+	$(BIN)/python tools/device-code
 
 # The Python tests run against the libcuda that the plain native build leaves.
 pytest: export GPUNVME_FAKE_LIBCUDA := $(CURDIR)/build/plain/libcuda_fake.so
