@@ -73,7 +73,7 @@ class Queues:
     """GpuQueues, as far as the path uses them."""
 
     slot_bytes = 4096
-    how = "kernels on cuda:0 over 2 queues of a test's"
+    device, count, placement, doorbell_reason = "cuda:0", 2, "host", "a test's"
 
     def __init__(self, machine: Machine, namespace: Any) -> None:
         self.machine, self.namespace, self.name = machine, namespace, namespace.name

@@ -103,6 +103,16 @@ class KeptQueues:
             self.queues.close()
             raise
 
+    @property
+    def how(self) -> str:
+        """How commands are moved, for reports."""
+        queues = self.queues
+        count = f"{queues.count} queue" + ("s" if queues.count != 1 else "")
+        return (
+            f"kernels on {queues.device} over {count} of {queues.namespace.controller.transport.uri}, placement "
+            f"{queues.placement!r}, doorbells {queues.doorbell_reason}"
+        )
+
     def take_lane(self) -> Lane:
         """A lane that nobody else uses."""
         with self._lock:

@@ -371,7 +371,7 @@ class RangeMovement:
     def _reason(self) -> str:
         if not self._launches:
             return "nothing was moved"
-        said = f"{self._commands} commands in {self._launches} launches by {self._queues.how}"
+        said = f"{self._commands} commands in {self._launches} launches by {self._kept.how}"
         if self._cut_bytes:
             said += f", {format_bytes(self._cut_bytes)} of blocks that were wanted in part cut out on the GPU"
         return said

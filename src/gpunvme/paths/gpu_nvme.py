@@ -30,7 +30,7 @@ class GpuNvmePath:
 
         kept = look(source.namespace, device)
         if kept is not None:
-            return Verdict(self.name, True, f"{kept.queues.how}; taken where it was seen to be faster than nvme")
+            return Verdict(self.name, True, f"{kept.how}; taken where it was seen to be faster than nvme")
         left = source.namespace.controller.queues_left()
         return Verdict(
             self.name,
