@@ -15,8 +15,7 @@ KERNELS := $(wildcard src/gpunvme/gpu/kernels/*.cu*)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all pytest native native-plain native-asan native-tsan device-code lint format wheel
-.PHONY: clean
+.PHONY: help setup demo test test-all pytest native native-plain native-asan native-tsan lint format wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 12
@@ -78,6 +77,7 @@ native-plain native-asan native-tsan: native-%: $(VENV)/prepared
 	cmake --build build/$*
 	$(WITHOUT_RANDOM) ctest --test-dir build/$* --output-on-failure --no-tests=error
 
+.PHONY: device-code
 device-code: $(VENV)/built $(VENV)/device-compilers  ## compile what runs on GPUs, for all that we ship for
 	$(BIN)/python tools/device-code
 
