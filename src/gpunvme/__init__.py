@@ -21,6 +21,11 @@ from gpunvme.errors import (
     PathError,
     RangeError,
     SpanError,
+    TierError,
+    TierFullError,
+    TierNameError,
+    TierStateError,
+    TierUnavailableError,
     TransportError,
     TruncatedError,
     UnsafeDeviceError,
@@ -33,11 +38,12 @@ from gpunvme.paths.base import Verdict
 from gpunvme.transfer import Transfer
 
 if TYPE_CHECKING:
-    from gpunvme import gpu, nvme
+    from gpunvme import gpu, nvme, tiers
     from gpunvme.models.opening import safe_open
     from gpunvme.models.patch import patch_safetensors
     from gpunvme.models.safetensors import load_file
     from gpunvme.models.saving import save_file
+    from gpunvme.tiers import TierManager
 
 try:
     __version__ = version("gpunvme")
@@ -46,6 +52,7 @@ except PackageNotFoundError:  # used from a source tree
 
 # Handed out on first use: most programs need only some of them.
 _LAZY = {
+    "TierManager": "gpunvme.tiers",
     "load_file": "gpunvme.models.safetensors",
     "patch_safetensors": "gpunvme.models.patch",
     "safe_open": "gpunvme.models.opening",
@@ -72,6 +79,12 @@ __all__ = [
     "RangeError",
     "Span",
     "SpanError",
+    "TierError",
+    "TierFullError",
+    "TierManager",
+    "TierNameError",
+    "TierStateError",
+    "TierUnavailableError",
     "Transfer",
     "TransportError",
     "TruncatedError",
@@ -88,11 +101,12 @@ __all__ = [
     "read_many",
     "safe_open",
     "save_file",
+    "tiers",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"gpu", "nvme"}:
+    if name in {"gpu", "nvme", "tiers"}:
         return import_module("gpunvme." + name)
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
