@@ -120,9 +120,22 @@ def plan(
             (place for place in choices if file.nbytes <= left[place] and (place == file.place or place not in shut)),
             file.place,
         )
-        left[chosen] -= file.nbytes
+        left[chosen] -= file.nbytes  # below nothing where a file that fits nowhere stays
         if chosen != file.place:
             moving.append((file, chosen))
+    _cancel_what_does_not_fit(moving, left)
     down = [Planned(file.name, file.place, chosen) for file, chosen in reversed(moving) if chosen > file.place]
     up = [Planned(file.name, file.place, chosen) for file, chosen in moving if chosen < file.place]
     return down + up
+
+
+def _cancel_what_does_not_fit(moving: list[tuple[Candidate, int]], left: list[float]) -> None:
+    """Let files stay, coldest first, until no tier that something moves to holds too much."""
+    while True:
+        full = (index for index in range(len(moving) - 1, -1, -1) if left[moving[index][1]] < 0)
+        index = next(full, None)
+        if index is None:
+            return
+        file, chosen = moving.pop(index)
+        left[chosen] += file.nbytes
+        left[file.place] -= file.nbytes

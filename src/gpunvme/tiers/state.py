@@ -124,8 +124,11 @@ class State:
         self._left_to_parents: list[sqlite3.Connection] = []
         if not os.path.exists(path):
             self._create()
-        with self._connected():
+        try:
             self._check()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the connection, if it is this process's."""
@@ -239,6 +242,8 @@ class State:
             yield
         except sqlite3.Error as error:
             raise self._error(error) from error
+        except UnicodeDecodeError as error:  # in SQLite's own message, or in a text
+            raise self._damaged("text that is not UTF-8") from error
 
     def _error(self, error: sqlite3.Error) -> TierError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
