@@ -1,0 +1,11 @@
+"""PyTorch: reads and writes as operators, feature tables as a dataset, state dicts saved and loaded.
+
+Needs PyTorch 2.6 or later: the extra ``gpunvme[torch]``.
+"""
+
+from gpunvme.torch.loading import load
+from gpunvme.torch.operators import read_into_tensor, register, write_from_tensor
+from gpunvme.torch.saving import save
+from gpunvme.torch.tables import FeatureTable
+
+__all__ = ["FeatureTable", "load", "read_into_tensor", "register", "save", "write_from_tensor"]
