@@ -39,6 +39,7 @@ from gpunvme.transfer import Transfer
 
 if TYPE_CHECKING:
     from gpunvme import gpu, nvme, tiers
+    from gpunvme import torch as torch
     from gpunvme.models.opening import safe_open
     from gpunvme.models.patch import patch_safetensors
     from gpunvme.models.safetensors import load_file
@@ -59,6 +60,7 @@ _LAZY = {
     "save_file": "gpunvme.models.saving",
 }
 
+# Not torch: `from gpunvme import *` must not hide PyTorch's own name.
 __all__ = [
     "AccessDeniedError",
     "Buffer",
@@ -106,7 +108,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"gpu", "nvme", "tiers"}:
+    if name in {"gpu", "nvme", "tiers", "torch"}:
         return import_module("gpunvme." + name)
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)

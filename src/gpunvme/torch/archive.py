@@ -27,7 +27,8 @@ _CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
 _END64 = struct.Struct("<IQHHIIQQQQ")
 _LOCATOR = struct.Struct("<IIQI")
 _END = struct.Struct("<IHHHHIIH")
-_MOST = 0xFFFFFFFF
+_MOST = 0xFFFFFFFF  # in a field of 32 bits: the number is in the ZIP64 extra field
+FROM_64 = _MOST  # sizes and offsets from which on it is there
 _DATE = 1 << 5 | 1  # 1 January 1980: the same content makes the same file
 _PADDING_ID = 0x4246  # an extra field that every reader skips
 
@@ -86,14 +87,14 @@ class Layout:
 
 
 def _extra64_size(nbytes: int) -> int:
-    return 20 if nbytes >= _MOST else 0
+    return 20 if nbytes >= FROM_64 else 0
 
 
 def _entry(record: Record) -> bytes:
     name = record.name.encode()
     large = bool(_extra64_size(record.nbytes))
     values = [record.nbytes] * 2 if large else []
-    far = record.header >= _MOST
+    far = record.header >= FROM_64
     values += [record.header] if far else []
     extra = struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
     size = _MOST if large else record.nbytes

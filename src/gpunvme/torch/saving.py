@@ -66,7 +66,8 @@ def save(obj: Any, path: str | os.PathLike[str], *, fsync: bool = True, crc32: b
     bodies = [(layout.add(f"data/{key}", len(body)), body) for key, body in pickler.bodies()]
     heads.append((layout.add("version", 2), b"3\n"))  # of the archive's format, in PyTorch's caffe2/serialize
     if crc32 is None:
-        crc32 = torch.serialization.get_crc32_options()
+        # PyTorch before 2.6 has no such option, and computes them.
+        crc32 = getattr(torch.serialization, "get_crc32_options", lambda: True)()
     with Replacement(path, sync=fsync) as replacement:
         _write(replacement.file, layout, heads, bodies, crc32)
 
