@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import gpunvme
 from gpunvme.file import File
 from gpunvme.tiers import state
+from gpunvme.tiers.directory import TierDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-OLD, NEW, OTHER = b"o" * 70_001, b"n" * 80_003, b"y" * 100
+OLD, NEW, OTHER, LATE = b"o" * 70_001, b"n" * 80_003, b"y" * 100, b"l" * 60_000
 NAME = "deep/er/x.bin"
 CALLS = ("open", "link", "unlink", "rename", "mkdir", "rmdir", "fsync", "fchmod", "utime", "close")
 
@@ -46,9 +47,24 @@ def prepare(root: Path) -> None:
     (root / "other").unlink()
 
 
+def migrate_while_somebody_writes(made: gpunvme.TierManager, root: Path) -> None:
+    """The old copy changes just before it would be removed: it must count again."""
+    remove_temporary = TierDirectory.remove_temporary
+
+    def write_first(self: TierDirectory, temporary: str) -> None:
+        if not (root / "late").exists():
+            (root / "fast" / NAME).write_bytes(LATE)
+            (root / "late").touch()
+        remove_temporary(self, temporary)
+
+    TierDirectory.remove_temporary = write_first
+    made.migrate(NAME, "slow")
+
+
 OPERATIONS: dict[str, Callable[[gpunvme.TierManager, Path], object]] = {
     "start": lambda made, root: None,
     "migrate": lambda made, root: made.migrate(NAME, "slow"),
+    "changed": migrate_while_somebody_writes,
     "add": lambda made, root: made.add(root / "new", "new", tier="slow"),
     "move-in": lambda made, root: made.add(root / "new", "new", tier="slow", move=True),
     "replace": lambda made, root: made.add(root / "new", NAME, tier="fast", replace=True),
@@ -61,9 +77,11 @@ def check(operation: str, root: Path, made: gpunvme.TierManager) -> None:
     """Every content is there exactly once, and what is on record is what is there."""
     found = {}
     for path in sorted(root.rglob("*")):
-        if path.is_file() and ".gpunvme-tier" not in path.parts:
+        if path.is_file() and ".gpunvme-tier" not in path.parts and path.name != "late":
             found[path.relative_to(root).as_posix()] = path.read_bytes()
-    contents = sorted({OLD: "old", NEW: "new", OTHER: "other"}.get(data, "torn") for data in found.values())
+    contents = sorted(
+        {OLD: "old", NEW: "new", OTHER: "other", LATE: "late"}.get(data, "torn") for data in found.values()
+    )
     recorded = {f"{file.tier}/{file.name}" for file in made.status().files}
     assert recorded == set(found) - {"new"}, (recorded, set(found))
     for file in made.status().files:
@@ -77,6 +95,8 @@ def check(operation: str, root: Path, made: gpunvme.TierManager) -> None:
     expected = {
         "start": contents == ["new", "old", "other"],
         "migrate": contents == ["new", "old", "other"] and inside in ({f"fast/{NAME}"}, {f"slow/{NAME}"}),
+        "changed": contents == ["late", "new", "other"]
+        or (contents == ["new", "old", "other"] and not (root / "late").exists()),
         "add": contents in (["new", "old", "other"], ["new", "new", "old", "other"]) and outside,
         "move-in": contents == ["new", "old", "other"],
         "replace": contents in (["new", "old", "other"], ["new", "new", "other"]) and outside,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -154,6 +155,25 @@ def test_a_stranger_in_the_way_is_left_alone(tiers: Tiers, source: Path, directo
     assert nothing_left_over(directories)
     (directories["hdd"] / "x").unlink()
     assert tiers.migrate("x", "hdd")
+
+
+def test_file_systems_without_hard_links(
+    tiers: Tiers, source: Path, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as FAT and exFAT: a stranger in the way is left alone there, too."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    tiers.add(source, "deep/x", tier="nvme")
+    (directories["hdd"] / "deep").mkdir()
+    (directories["hdd"] / "deep" / "x").write_bytes(b"somebody's")
+    with pytest.raises(gpunvme.TierError, match="not on record"):
+        tiers.migrate("deep/x", "hdd")
+    assert tiers.migrate("deep/x", "ssd")
+    assert on_disk(directories) == {"ssd/deep/x": b"content", "hdd/deep/x": b"somebody's"}
+    assert nothing_left_over(directories)
 
 
 def test_a_file_that_somebody_removed_is_missing_not_empty(tiers: Tiers, source: Path) -> None:

@@ -31,6 +31,7 @@ def memory(tmp_path: Path) -> Iterator[Path]:
         ("first-start", 30),
         ("start", 20),
         ("migrate", 120),
+        ("changed", 250),
         ("add", 80),
         ("move-in", 80),
         ("replace", 80),
@@ -38,10 +39,11 @@ def memory(tmp_path: Path) -> Iterator[Path]:
         ("remove", 60),
     ],
 )
+@pytest.mark.timeout(600)
 def test_killed_at_any_call(operation: str, least: int, memory: Path) -> None:
-    """In the long form at every call; in the short one at every other where a file moves, elsewhere at every fifth."""
-    every = 1 if LONG else 2 if operation == "migrate" else 5
+    """In the long form at every call; in the short one at every third of a move's, else at every seventh."""
+    every = 1 if LONG else 3 if operation == "migrate" else 7
     killed = Path(__file__).parent / "killed.py"
-    child = files.run([sys.executable, "-W", "ignore", killed, memory, operation, every], timeout=110)
+    child = files.run([sys.executable, "-W", "ignore", killed, memory, operation, every], timeout=570)
     assert int(files.ended_well(child)) >= least // every  # else the calls are not met any more
     assert child.stderr == ""

@@ -123,6 +123,14 @@ def test_both_ways(state: Any, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["ours", "theirs"]
 
 
+def test_an_empty_storage_that_is_shared(tmp_path: Path) -> None:
+    """PyTorch asks for it once for each tensor, for any other storage once in all."""
+    empty = torch.empty(0)
+    state = [empty, torch.arange(4), empty.reshape(0, 3), torch.arange(9)]
+    torch.save(state, tmp_path / "theirs")
+    same(ours.load(tmp_path / "theirs"), state)
+
+
 def test_tensors_share_what_they_shared(tmp_path: Path) -> None:
     ours.save(of_views(), tmp_path / "ours")
     assert (tmp_path / "ours").stat().st_size < 500_000  # one storage, once
