@@ -15,6 +15,7 @@ from on_tiers import NAMES, Tiers, nothing_left_over, on_disk
 
 import files
 import gpunvme
+from gpunvme.tiers.owner import held
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,6 +145,26 @@ def test_a_forked_child_may_use_them_and_its_parent_too(
     assert tiers.migrate("x", "ssd")
     assert on_disk(directories) == {"ssd/x": b"content"}
     assert tiers.accesses("x") == 5  # the child's were its own to write, and it was killed before
+
+
+def test_a_lock_does_not_outlive_its_holder_in_a_forked_child(tmp_path: Path) -> None:
+    """Workers of a data loader live long: a round that ran while they were forked must not be the last one."""
+    lock, (ours, theirs) = str(tmp_path / "lock"), os.pipe()
+    with held(lock, "held"):
+        pid = os.fork()
+        if pid == 0:
+            os.close(theirs)
+            os.read(ours, 1)  # until the parent is done
+            os._exit(0)
+        with pytest.raises(gpunvme.TierError, match="held"), held(lock, "held"):
+            pass
+    try:
+        with held(lock, "held"):
+            pass
+    finally:
+        os.close(theirs)
+        os.waitpid(pid, 0)
+        os.close(ours)
 
 
 def test_many_threads(make: Callable[..., Tiers], source: Path, directories: dict[str, Path]) -> None:

@@ -86,7 +86,7 @@ class Owner:
         if held is not None and held[0] == os.getpid():
             with contextlib.suppress(OSError):
                 os.unlink(os.path.join(self._directory, held[1]))
-            os.close(held[2])
+            _let_go(held[2])
 
 
 def _locked(fd: int, kind: int) -> bool:
@@ -113,9 +113,20 @@ def held(path: str, refusal: str, *, shared: bool = False) -> Iterator[None]:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise file_error(error, "cannot make a lock file", path) from None
+    process = os.getpid()
     try:
         if not _locked(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
             raise TierError(refusal)
         yield
     finally:
-        os.close(fd)
+        if process == os.getpid():
+            _let_go(fd)
+        else:
+            os.close(fd)  # a forked child's copy: the lock is its parent's
+
+
+def _let_go(fd: int) -> None:
+    """Unlock, and not only close: a child that was forked meanwhile has the descriptor, too."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)

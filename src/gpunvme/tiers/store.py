@@ -15,24 +15,21 @@ from gpunvme.errors import (
     FileError,
     MissingFileError,
     TierError,
-    TierFullError,
-    TierNameError,
     TierUnavailableError,
 )
 from gpunvme.file import File
 from gpunvme.tiers.accesses import Accesses, CountedFile
+from gpunvme.tiers.adding import Additions
 from gpunvme.tiers.background import Background
 from gpunvme.tiers.directory import TierDirectory
 from gpunvme.tiers.layout import directories_of, refuse_second, state_path
 from gpunvme.tiers.moves import Moves, not_on_record
-from gpunvme.tiers.names import PRIVATE, parts_of
-from gpunvme.tiers.outside import Outside
+from gpunvme.tiers.names import parts_of
 from gpunvme.tiers.owner import Owner, held
 from gpunvme.tiers.pace import Pace
 from gpunvme.tiers.policy import WEEK, Policy
-from gpunvme.tiers.rebuild import read_row
 from gpunvme.tiers.rounds import Decision, Rounds
-from gpunvme.tiers.state import FileRow, State, file_row, move_row, put_file
+from gpunvme.tiers.state import FileRow, State
 from gpunvme.tiers.status import Status, read_status
 
 #: How many troubles of background work are kept for `TierManager.status`.
@@ -123,6 +120,7 @@ class TierManager:
             stack.callback(self._owner.close)
             self._accesses = Accesses(self._state, self.policy, clock)
             self._moves = Moves(self._state, self._owner, self._directories, timeout)
+            self._additions = Additions(self._state, self._directories, self._moves)
             self._rounds = Rounds(self._state, self._directories, self._moves, self._accesses, self.policy, clock)
             self._rounds.troubles = self.troubles
             self._owner.forget_dead()
@@ -228,56 +226,9 @@ class TierManager:
             If no tier has room; if the tier is not there; if a file that is not on record is in the way.
         """
         self._check_open()
-        path = os.path.abspath(os.fspath(path))
-        here = self._place_of(path)
-        if name is None:
-            name = here[1] if here is not None else os.path.basename(path)
-        parts_of(name)
         if tier is not None:
             self._directory(tier)
-        if here is not None:
-            if here[1].split("/")[0] == PRIVATE:
-                raise TierNameError(f"{path!r} belongs to the tiers themselves")
-            if here[1] == name:
-                return self._adopt(here[0], name, tier)
-            on_record = self._state.file(here[1])
-            if move and on_record is not None and on_record.tier == here[0]:
-                raise TierError(f"{path!r} is on record as {here[1]!r}: remove that after adding it as {name!r}")
-        outside = Outside(path, move)
-        os.close(outside.open())  # refused before a tier is asked
-        replaced = self._state.file(name)
-        pinned = replaced.tier if replaced is not None and replaced.pinned else None
-        choices = [tier] if tier is not None else [pinned] if pinned is not None else self._order
-        refusals = []
-        for choice in choices:
-            try:
-                self._moves.add(outside, name, choice, Pace(), replace=replace)
-                return choice
-            except (TierFullError, TierUnavailableError) as error:
-                if len(choices) == 1:
-                    raise
-                refusals.append(str(error))
-        raise TierFullError("no tier has room: " + "; ".join(refusals))
-
-    def _place_of(self, path: str) -> tuple[str, str] | None:
-        """Tell on which tier a path lies, and as what."""
-        real = os.path.realpath(path)
-        for name, directory in self._directories.items():
-            root = os.path.realpath(directory.path)
-            if real.startswith(root.rstrip("/") + "/"):
-                return name, real[len(root.rstrip("/")) + 1 :]
-        return None
-
-    def _adopt(self, tier: str, name: str, wanted: str | None) -> str:
-        row = read_row(self._directories[tier], name)
-        with self._state.transaction() as connection:
-            if file_row(connection, name) is not None or move_row(connection, name) is not None:
-                raise FileError(errno.EEXIST, "on record already", name)
-            put_file(connection, row)
-        if wanted is not None and wanted != tier:
-            self.migrate(name, wanted)
-            return wanted
-        return tier
+        return self._additions.add(path, name, tier, move=move, replace=replace)
 
     def open(self, name: str) -> File:
         """Open a file for reading, wherever it lives. Counts as an access, and so does each read.
