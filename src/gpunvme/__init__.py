@@ -21,6 +21,11 @@ from gpunvme.errors import (
     PathError,
     RangeError,
     SpanError,
+    TierError,
+    TierFullError,
+    TierNameError,
+    TierStateError,
+    TierUnavailableError,
     TransportError,
     TruncatedError,
     UnsafeDeviceError,
@@ -33,11 +38,13 @@ from gpunvme.paths.base import Verdict
 from gpunvme.transfer import Transfer
 
 if TYPE_CHECKING:
-    from gpunvme import gpu, nvme
+    from gpunvme import gpu, nvme, tiers
+    from gpunvme import torch as torch
     from gpunvme.models.opening import safe_open
     from gpunvme.models.patch import patch_safetensors
     from gpunvme.models.safetensors import load_file
     from gpunvme.models.saving import save_file
+    from gpunvme.tiers import TierManager
 
 try:
     __version__ = version("gpunvme")
@@ -46,12 +53,14 @@ except PackageNotFoundError:  # used from a source tree
 
 # Handed out on first use: most programs need only some of them.
 _LAZY = {
+    "TierManager": "gpunvme.tiers",
     "load_file": "gpunvme.models.safetensors",
     "patch_safetensors": "gpunvme.models.patch",
     "safe_open": "gpunvme.models.opening",
     "save_file": "gpunvme.models.saving",
 }
 
+# Not torch: `from gpunvme import *` must not hide PyTorch's own name.
 __all__ = [
     "AccessDeniedError",
     "Buffer",
@@ -72,6 +81,12 @@ __all__ = [
     "RangeError",
     "Span",
     "SpanError",
+    "TierError",
+    "TierFullError",
+    "TierManager",
+    "TierNameError",
+    "TierStateError",
+    "TierUnavailableError",
     "Transfer",
     "TransportError",
     "TruncatedError",
@@ -88,11 +103,12 @@ __all__ = [
     "read_many",
     "safe_open",
     "save_file",
+    "tiers",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"gpu", "nvme"}:
+    if name in {"gpu", "nvme", "tiers", "torch"}:
         return import_module("gpunvme." + name)
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)

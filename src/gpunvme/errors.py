@@ -155,3 +155,23 @@ class CommandError(NvmeError):
     def __init__(self, message: str, failures: Sequence[Failed] = ()) -> None:
         super().__init__(message)
         self.failures = tuple(failures)
+
+
+class TierError(Error):
+    """Something went wrong with files on tiers; nothing was lost."""
+
+
+class TierNameError(TierError, ValueError):
+    """A name that no file on a tier may have; the message says why."""
+
+
+class TierStateError(TierError):
+    """The tiers' database is damaged, foreign or of a newer version; the message says how to go on."""
+
+
+class TierUnavailableError(TierError):
+    """A tier is missing, not mounted or another directory than it was."""
+
+
+class TierFullError(TierError):
+    """A tier has no room, or its budget is spent."""

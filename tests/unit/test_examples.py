@@ -17,6 +17,8 @@ ARGUMENTS = {"load_checkpoint.py": ["model.safetensors"]}
 
 @pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("[!g]*.py")) + ["gather_rows.py"])
 def test_example_runs(example: str, tmp_path: Path) -> None:
+    if example.startswith("torch_"):
+        pytest.importorskip("torch")
     gpunvme.save_file({"weight": np.ones((3, 4), np.float32)}, tmp_path / "model.safetensors")
     run = subprocess.run(
         [sys.executable, EXAMPLES / example, *ARGUMENTS.get(example, [])],

@@ -80,3 +80,10 @@ def test_every_public_name_is_there() -> None:
 
 def test_names_that_are_not_there() -> None:
     assert "has no attribute 'nothing'" in files.python("import gpunvme; gpunvme.nothing").stderr
+
+
+def test_pytorch_keeps_its_name_and_is_asked_for_clearly() -> None:
+    """Whoever imports everything must not get ours for PyTorch's."""
+    assert files.output("import gpunvme; from gpunvme import *; print('torch' in globals())") == "False\n"
+    program = "import sys; sys.modules['torch'] = None; import gpunvme; gpunvme.torch"
+    assert "pip install gpunvme[torch]" in files.python(program).stderr

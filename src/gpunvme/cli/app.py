@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import gpunvme
-from gpunvme.cli import nvme, nvme_devices
+from gpunvme.cli import nvme, nvme_devices, tier
 from gpunvme.cli.bench import bench
 from gpunvme.cli.copy import copy
 from gpunvme.cli.demo import demo
@@ -81,6 +81,21 @@ for _of_devices in (nvme_devices.topology, nvme_devices.bind, nvme_devices.unbin
 for _of_nvme in (nvme.identify, nvme.smart, nvme.regs, nvme.read, nvme.write, nvme.soft):
     _nvme.command(epilog=EPILOG)(_reported(_of_nvme))
 app.add_typer(_nvme, name="nvme")
+
+_tier = typer.Typer(no_args_is_help=True, help="Files on tiers of storage, moved by their accesses.", epilog=EPILOG)
+for _of_tiers in (
+    tier.status,
+    tier.add,
+    tier.rm,
+    tier.migrate,
+    tier.watch,
+    tier.pin,
+    tier.unpin,
+    tier.capacity,
+    tier.rebuild,
+):
+    _tier.command(epilog=EPILOG)(_reported(_of_tiers))
+app.add_typer(_tier, name="tier")
 
 
 def _print_version(wanted: bool) -> None:
