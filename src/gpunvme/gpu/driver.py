@@ -54,6 +54,8 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
 }
 _NOT_READY = 600
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_WRITES_ORDERING = 118  # CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING
+ORDERED_FOR_OWNER = 100  # CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER
 _HOST_PORTABLE_MAPPED = 3
 _REGISTER_IOMEMORY = 4
 _NON_BLOCKING = 1
@@ -147,6 +149,16 @@ class Gpu:
         value = c_int()
         call("cuDeviceGetAttribute", byref(value), attribute, self._device)
         return value.value
+
+    def writes_ordering(self) -> int:
+        """For whom what others write into this GPU's memory is ordered: 0 nobody, 100 its own kernels, 200 every GPU.
+
+        ``CUGPUDirectRDMAWritesOrdering`` of the CUDA driver API. 0, too, where the driver does not know.
+        """
+        try:
+            return self._attribute(_WRITES_ORDERING)
+        except CudaError:
+            return 0
 
     @contextmanager
     def current(self) -> Iterator[None]:
