@@ -44,6 +44,13 @@ class Controller : public soft::Controller {
                bool writable) {
     map_device(iova, nbytes, address, readable, writable, gpu(device));
   }
+  // What GPUs are reached by goes with the last mapping, not when the object is collected: a kernel of somebody else's
+  // may run by then, and CUDA frees nothing before it has ended.
+  void stop() {
+    soft::Controller::stop();
+    const std::lock_guard lock(mutex_);
+    gpus_.clear();
+  }
   // Of the first copy that failed on a GPU, or an empty string.
   std::string gpu_failure(int device) {
     const std::lock_guard lock(mutex_);
@@ -52,7 +59,7 @@ class Controller : public soft::Controller {
   }
 
  private:
-  // Kept for as long as the controller: memory is mapped again and again.
+  // Kept until the controller stops: memory is mapped again and again.
   std::shared_ptr<GpuMemory> gpu(int device) {
     const std::lock_guard lock(mutex_);
     std::shared_ptr<GpuMemory>& found = gpus_[device];
