@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_gpu_queues import BLOCK, CHILD, EMULATED, GPU, HUNG, PRELUDE, few, rows_of, served, some_lbas
 
 import gpunvme
 from gpunvme import nvme
@@ -26,7 +27,6 @@ from gpunvme.memory import Buffer
 from gpunvme.nvme.gpu_memory import GPU_PAGE, GpuAccess, GpuDmaMemory
 from gpunvme.nvme.soft import SoftTransport
 from gpunvme.nvme.uri import parse_uri
-from test_gpu_queues import BLOCK, CHILD, EMULATED, GPU, HUNG, PRELUDE, few, rows_of, served, some_lbas
 
 if EMULATED:
     from test_gpu_queues import fake
@@ -82,6 +82,7 @@ def test_everything_moves_in_every_placement_by_either_doorbell(controller: Any,
         assert (queues.placement, queues.doorbell) == (placement, doorbell)
         assert queues.reasons[placement].startswith("used: ")
         assert queues.doorbell_reason in queues.reasons[placement]
+        assert ("orders what others write" in queues.reasons[placement]) == (placement != "host")
         before = stats(controller)
         done = check_gather(queues, rows=100, blocks=40)
         middle = stats(controller)
@@ -98,7 +99,9 @@ def test_everything_moves_in_every_placement_by_either_doorbell(controller: Any,
         # Where bytes really were, by the controller's own counters; and said wherever somebody asks.
         copies = middle["device_copies"] - before["device_copies"]
         commands = middle["commands"] - before["commands"]
-        assert middle["device_copied_bytes"] - before["device_copied_bytes"] >= (100 * 40 * BLOCK) * (placement != "host")
+        assert middle["device_copied_bytes"] - before["device_copied_bytes"] >= (100 * 40 * BLOCK) * (
+            placement != "host"
+        )
         assert (copies == 0) == (placement == "host")
         if placement == "full":
             assert copies > 2 * commands  # data, completions, and their entries besides
@@ -311,8 +314,8 @@ def test_what_cannot_be_mapped_is_given_up_without_a_trace(drive: Any) -> None:
             assert "no room left" in queues.reasons["full"]
             check_gather(queues, rows=20)
         assert live() == before
+        transport.mapped, transport.refuses = [], refused
         with pytest.raises(gpunvme.PathError, match="no room left"):
-            transport.mapped, transport.refuses = [], refused
             namespace.gpu_queues(0, count=2, depth=16, slot_bytes=16384, placement="full")
         assert live() == before
     ids = drive.take_queue_ids(100)
@@ -369,9 +372,9 @@ def test_writes_that_are_not_ordered_are_not_relied_on(
 
 
 def test_pages_larger_than_the_gpus_are_a_reason() -> None:
-    with nvme.open(URI + "&mpsmin=5&mpsmax=5", queues=2) as opened:
-        with pytest.raises(gpunvme.PathError, match="131072 bytes are larger"):
-            opened.namespace().gpu_queues(0, count=1, placement="data")
+    refusal = pytest.raises(gpunvme.PathError, match="131072 bytes are larger")
+    with nvme.open(URI + "&mpsmin=5&mpsmax=5", queues=2) as opened, refusal:
+        opened.namespace().gpu_queues(0, count=1, placement="data")
 
 
 # --- on the emulated GPU alone

@@ -63,6 +63,16 @@ def _refusal(controller: Controller, gpu: Gpu) -> str:
     return ""
 
 
+_ORDERING = {0: "for nobody", ORDERED_FOR_OWNER: "for its own kernels", 200: "for every GPU"}
+
+
+def describe_ordering(gpu: Gpu) -> str:
+    """For whom a GPU orders what others write into its memory, for the reasons of placements there."""
+    value = gpu.writes_ordering()
+    whom = _ORDERING.get(value, f"in a way that is not known here ({value})")
+    return f"cuda:{gpu.index} orders what others write into its memory {whom}"
+
+
 def describe(placement: str, controller: Controller) -> str:
     """Where commands' data goes, for reports."""
     if placement == "host":

@@ -10,7 +10,7 @@ import numpy as np
 from gpunvme.errors import CudaError, NvmeError, PathError
 from gpunvme.gpu.driver import Gpu
 from gpunvme.gpu.moves import Moves
-from gpunvme.gpu.placement import candidates, describe
+from gpunvme.gpu.placement import candidates, describe, describe_ordering
 from gpunvme.gpu.queue_set import QueueSet, QueueShape
 from gpunvme.memory import Buffer, Device
 
@@ -84,6 +84,8 @@ class Probe:
                     raise PathError(f"placement {name!r} cannot be used on {uri}: {self.reasons[name]}") from error
             else:
                 where = describe(name, self._controller)
+                if name != "host":
+                    where += f"; {describe_ordering(self._gpu)}"
                 self.reasons[name] = (
                     f"used: {where}; what kernels read was compared with what the driver reads; doorbells "
                     f"{made[0].doorbells.reason}"
