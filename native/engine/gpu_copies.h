@@ -7,6 +7,7 @@
 
 #include <sys/types.h>
 
+#include <chrono>
 #include <cstddef>
 #include <mutex>
 #include <string>
@@ -17,7 +18,8 @@ namespace gpunvme {
 
 class GpuCopies {
  public:
-  explicit GpuCopies(int device);  // throws Failure (kCuda)
+  // Throws Failure (kCuda). `patience`: how long a copy may take. It may wait for a kernel, which may never end.
+  explicit GpuCopies(int device, std::chrono::milliseconds patience = std::chrono::seconds(30));
   ~GpuCopies();
   GpuCopies(const GpuCopies&) = delete;
   GpuCopies& operator=(const GpuCopies&) = delete;
@@ -25,7 +27,7 @@ class GpuCopies {
   int device() const { return device_; }
 
   // By any thread, one at a time. A copy is whole before the next one begins. False: it failed, failure() says how, and
-  // nothing of it is under way any more.
+  // nothing of it is under way any more; but for a copy that does not end, after which every other one fails at once.
   bool to_gpu(CUdeviceptr to, const void* from, std::size_t nbytes);
   bool to_host(void* to, CUdeviceptr from, std::size_t nbytes);
   // The first failure, or an empty string.
@@ -34,14 +36,18 @@ class GpuCopies {
  private:
   template <typename Copy>
   bool move(std::size_t nbytes, Copy copy);
+  void finish();
   void free();
 
   static constexpr std::size_t kRoomBytes = 1 << 20;
 
   const int device_;
+  const std::chrono::milliseconds patience_;
   const pid_t process_;
   mutable std::mutex mutex_;
+  bool stuck_ = false;  // a copy did not end: it may still use the room
   CUstream stream_ = nullptr;
+  CUevent event_ = nullptr;
   std::byte* room_ = nullptr;  // page-locked: what copies pass through
   std::string failure_;
 };

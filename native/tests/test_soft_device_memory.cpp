@@ -214,6 +214,36 @@ TEST(large_commands_and_admin_data_in_gpu_memory) {
   CHECK(std::memcmp(got.data(), client.memory.at(page), 4096) == 0);
 }
 
+// Blocks that have to come from a drive first: none of them bypasses the copy.
+TEST(an_image_that_is_not_in_the_page_cache) {
+  const Directory directory;
+  Options options = with_threads(2);
+  options.path = directory.path() + "/image";
+  options.size = 4 << 20;
+  Case c(options);
+  Client& client = *c.client;
+  Pair io = client.create(1, 64);
+  const auto buffer = client.memory.allocate(4096);
+  for (std::uint64_t i = 0; i < 32; ++i) {
+    std::memset(client.memory.at(buffer), static_cast<int>(i + 1), 4096);
+    CHECK_EQ(c.code(io, client.io(nvme::kNvmWrite, i * 200, 8, buffer)), nvme::kStatusSuccess);
+  }
+  CHECK_EQ(c.code(io, client.io(nvme::kNvmFlush, 0, 1, 0)), nvme::kStatusSuccess);
+  for (int round = 0; round < 3; ++round) {
+    make_cold(*options.path);
+    for (std::uint64_t i = 0; i < 32; ++i) client.submit(io, client.io(nvme::kNvmRead, i * 200, 8, kGpuIova + i * 4096));
+    for (int i = 0; i < 32; ++i) CHECK_EQ(code_of(client.wait(io)), nvme::kStatusSuccess);
+    for (std::uint64_t i = 0; i < 32; ++i) {
+      Bytes got(4096);
+      c.get(got.data(), kGpuIova + i * 4096, 4096);
+      CHECK_EQ(first_difference(got, Bytes(4096, static_cast<std::uint8_t>(i + 1))), -1);
+    }
+    const Bytes nothing(32 * 4096);
+    c.put(kGpuIova, nothing.data(), nothing.size());
+  }
+  CHECK_EQ(client.stat("uring_bytes"), 0u);
+}
+
 // What a kernel that sees the completion would compute with.
 TEST(data_is_there_before_its_completion_is) {
   for (const unsigned threads : {1u, 2u}) {
@@ -517,12 +547,40 @@ TEST(copies_that_cannot_be_prepared_leave_nothing) {
   const Fake& fake = Fake::instance();
   fake.reset();
   const FakeCudaCounters before = fake.counters();
-  for (const char* call : {"cuStreamCreate", "cuMemHostAlloc", "cuMemAlloc", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync"}) {
+  for (const char* call : {"cuStreamCreate", "cuEventCreate", "cuMemHostAlloc", "cuMemAlloc", "cuMemcpyHtoDAsync",
+                           "cuMemcpyDtoHAsync"}) {
     fake.fail_call(call, 1, 2);
     const auto failure = CHECK_FAILS(gpunvme::GpuCopies(0));
     CHECK(std::string(failure.what()).find(call) != std::string::npos);
     fake.wait_idle();
     CHECK_EQ(fake.counters().live_allocations, before.live_allocations);
     CHECK_EQ(fake.counters().page_locked_bytes, before.page_locked_bytes);
+    CHECK_EQ(fake.counters().live_streams, before.live_streams);
+    CHECK_EQ(fake.counters().live_events, before.live_events);
   }
+}
+
+// Behind a kernel that never ends, as where their streams share a queue of the hardware's: nobody waits for ever.
+TEST(a_copy_that_does_not_end_is_given_up) {
+  const Fake& fake = Fake::instance();
+  fake.reset();
+  const FakeCudaCounters before = fake.counters();
+  {
+    const testing::DeviceMemory memory(0, 4096);
+    gpunvme::GpuCopies copies(0, std::chrono::milliseconds(20));
+    Bytes bytes(4096, 7);
+    CHECK(copies.to_gpu(memory.address(), bytes.data(), 4096));
+    fake.hold();
+    CHECK(!copies.to_host(bytes.data(), memory.address(), 4096));
+    CHECK(copies.failure().find("did not end") != std::string::npos);
+    CHECK_EQ(first_difference(bytes, Bytes(4096, 7)), -1);
+    const std::uint64_t calls = fake.calls("cuMemcpyHtoDAsync");
+    CHECK(!copies.to_gpu(memory.address(), bytes.data(), 4096));
+    CHECK_EQ(fake.calls("cuMemcpyHtoDAsync"), calls);
+    fake.release();
+    fake.wait_idle();
+  }
+  // What it might still have used was not given back.
+  CHECK_EQ(fake.counters().live_streams, before.live_streams + 1);
+  CHECK_EQ(fake.counters().page_locked_bytes, before.page_locked_bytes + (1 << 20));
 }
