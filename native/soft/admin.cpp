@@ -64,8 +64,7 @@ std::uint16_t Admin::send(Worker& worker, const nvme::Sqe& sqe, const std::byte*
                           std::uint64_t wanted) {
   if (wanted > device_.most_bytes) return refuse(nvme::kStatusInvalidField);
   // By what was asked for, also where there is less: it decides whether PRP2 is a page or a list.
-  const std::uint16_t status =
-      data_.find(worker.dma(), sqe.prp1, sqe.prp2, wanted, device_.page_bytes, true);
+  const std::uint16_t status = data_.find(worker.dma(), sqe.prp1, sqe.prp2, wanted, device_.page_bytes, true);
   if (status != nvme::kStatusSuccess) return status;
   for (const iovec& segment : data_.segments()) {
     const std::uint64_t now = std::min<std::uint64_t>(segment.iov_len, nbytes);

@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "command_data.h"
 #include "device.h"
 #include "feature_values.h"
-#include "command_data.h"
 
 namespace gpunvme::soft {
 

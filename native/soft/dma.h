@@ -27,8 +27,8 @@ class Dma {
   }
   std::uint64_t generation() const { return generation_; }
 
-  // The host memory at `iova`, and how much of it is contiguous from there (up to `nbytes`). Null: it is a device's (see
-  // is_device), or refused, and recorded.
+  // The host memory at `iova`, and how much of it is contiguous from there (up to `nbytes`). Null: it is a device's
+  // (see is_device), or refused, and recorded.
   std::byte* at(std::uint64_t iova, std::uint64_t nbytes, bool write, std::uint64_t* available) {
     if (last_ == nullptr || iova - last_->iova >= last_->nbytes) [[unlikely]] {
       if (!find(iova, nbytes, write)) return nullptr;
@@ -52,8 +52,8 @@ class Dma {
   // After `at` returned null: the memory is a device's; nothing was refused.
   bool is_device() const { return is_device_; }
 
-  // A piece of memory, host's or device's, that is contiguous in its mapping. Good until the worker announces that it is
-  // done with this pass.
+  // A piece of memory, host's or device's, that is contiguous in its mapping. Good until the worker announces that it
+  // is done with this pass.
   struct Piece {
     const IovaTable::Mapping* mapping;
     std::uint64_t iova;

@@ -100,7 +100,8 @@ std::uint16_t IoCommands::read(const nvme::Sqe& sqe, const Ticket& ticket) {
     return deliver(range.nbytes);
   }
   Backend& image = *device_.backend;
-  const std::uint64_t cached = image.read_cached(data_.segments().data(), data_.segments().size(), range.offset, range.nbytes);
+  const std::uint64_t cached =
+      image.read_cached(data_.segments().data(), data_.segments().size(), range.offset, range.nbytes);
   counters_.add(Count::kCopiedBytes, cached);
   if (cached < range.nbytes) {
     if (!data_.is_device() && ring_.usable() && ring_.room() > 0) {
@@ -151,7 +152,8 @@ std::uint16_t IoCommands::write(const nvme::Sqe& sqe) {
   // Without a write cache, or with it switched off, data is on the media when the command completes
   // (Base 2.0, 5.27.1.4).
   const bool durable = (sqe.cdw12 & nvme::kRwFua) != 0 || !device_.write_cache.load(std::memory_order_relaxed);
-  const int error = device_.backend->write(data_.segments().data(), data_.segments().size(), range.offset, range.nbytes, durable);
+  const int error =
+      device_.backend->write(data_.segments().data(), data_.segments().size(), range.offset, range.nbytes, durable);
   if (error != 0) return write_status(error);
   if (durable && memory_ == nullptr) counters_.add(Count::kFsyncs);
   counters_.add(Count::kCopiedBytes, range.nbytes);

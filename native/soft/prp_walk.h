@@ -18,8 +18,8 @@ using Pieces = std::vector<Dma::Piece>;
 
 // Fills `segments` with the `nbytes` (at least 1) that PRP1 and PRP2 describe. `write`: the controller will write to
 // them. Returns a status: success, an invalid offset, or a data transfer error where DMA was refused. Reads no more
-// list entries than `nbytes` needs, whatever the lists say. A data transfer error with dma.is_device() means that some of
-// the memory is a device's: then it is for resolve_pieces.
+// list entries than `nbytes` needs, whatever the lists say. A data transfer error with dma.is_device() means that some
+// of the memory is a device's: then it is for resolve_pieces.
 std::uint16_t resolve_prps(Dma& dma, std::uint64_t prp1, std::uint64_t prp2, std::uint64_t nbytes,
                            std::uint64_t page_bytes, bool write, Segments& segments);
 

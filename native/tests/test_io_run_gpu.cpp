@@ -275,6 +275,8 @@ TEST(unlocking_waits_for_copies_and_lets_cuda_forget_the_memory) {
         c.device.step();
       }
     }
+    // Longer than the other one, so that waiting for that is not enough.
+    c.fake.set_copy_time(30000, 0, 0, 1);
     while (c.fake.calls("cuMemcpyHtoDAsync") < 2) {
       lent->drive(0);
       c.device.step();

@@ -150,8 +150,8 @@ TEST(data_and_lists_in_gpu_memory) {
       }
     };
     each([&](std::uint64_t at, std::byte* from, std::uint64_t now) {
-      at >= kGpuIova && at < kGpuIova + c.nbytes ? c.put(at, from, now)
-                                                 : static_cast<void>(std::memcpy(client.memory.at(at), from, now));
+      at >= kGpuIova&& at < kGpuIova + c.nbytes ? c.put(at, from, now)
+                                                : static_cast<void>(std::memcpy(client.memory.at(at), from, now));
     });
     CHECK_EQ(c.code(io, client.io(nvme::kNvmWrite, lba, static_cast<std::uint32_t>(blocks), where[0] + first, prp2)),
              nvme::kStatusSuccess);
@@ -180,6 +180,37 @@ TEST(data_and_lists_in_gpu_memory) {
     CHECK_EQ(client.stat("dma_faults"), 0u);
     CHECK_EQ(client.stat("device_copy_errors"), 0u);
   }
+}
+
+TEST(data_may_lie_in_several_mappings_of_gpu_and_host_memory) {
+  Case c;
+  Client& client = *c.client;
+  Pair io = client.create(1);
+  // They meet as I/O virtual addresses, and are apart, in another order, in memory; the second one is the host's.
+  constexpr std::uint64_t kIova = 0x2'0000'0000;
+  void* const host = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  client.controller.map_device(kIova, 4096, c.memory->address() + 0x8000, true, true, c.gpu);
+  client.controller.map(kIova + 4096, 4096, host, true, true);
+  client.controller.map_device(kIova + 8192, 4096, c.memory->address() + 0x4000, true, true, c.gpu);
+  client.controller.map_device(kIova + 12288, 4096, c.memory->address(), true, true, c.gpu);
+  const auto buffer = client.memory.allocate(4 * 4096);
+  const auto lists = client.memory.allocate(4096);
+  for (std::uint64_t i = 0; i < 4; ++i) {
+    std::memset(client.memory.at(buffer + i * 4096), static_cast<int>(i + 1), 4096);
+    client.memory.at<std::uint64_t>(lists)[i] = buffer + (i + 1) * 4096;
+    client.memory.at<std::uint64_t>(lists)[8 + i] = kIova + (i + 1) * 4096;
+  }
+  CHECK_EQ(c.code(io, client.io(nvme::kNvmWrite, 0, 32, buffer, lists)), nvme::kStatusSuccess);
+  Bytes expected = c.memory->bytes();
+  CHECK_EQ(c.code(io, client.io(nvme::kNvmRead, 0, 32, kIova, lists + 64)), nvme::kStatusSuccess);
+  std::fill_n(expected.begin() + 0x8000, 4096, std::uint8_t{1});
+  std::fill_n(expected.begin() + 0x4000, 4096, std::uint8_t{3});
+  std::fill_n(expected.begin(), 4096, std::uint8_t{4});
+  CHECK_EQ(first_difference(c.memory->bytes(), expected), -1);
+  CHECK(static_cast<const std::uint8_t*>(host)[0] == 2 && static_cast<const std::uint8_t*>(host)[4095] == 2);
+  CHECK_EQ(c.code(io, client.io(nvme::kNvmCompare, 0, 32, kIova, lists + 64)), nvme::kStatusSuccess);
+  client.controller.unmap(kIova, 4 * 4096);
+  munmap(host, 4096);
 }
 
 // Larger than what the copies pass through at a time.
@@ -231,7 +262,8 @@ TEST(an_image_that_is_not_in_the_page_cache) {
   CHECK_EQ(c.code(io, client.io(nvme::kNvmFlush, 0, 1, 0)), nvme::kStatusSuccess);
   for (int round = 0; round < 3; ++round) {
     make_cold(*options.path);
-    for (std::uint64_t i = 0; i < 32; ++i) client.submit(io, client.io(nvme::kNvmRead, i * 200, 8, kGpuIova + i * 4096));
+    for (std::uint64_t i = 0; i < 32; ++i)
+      client.submit(io, client.io(nvme::kNvmRead, i * 200, 8, kGpuIova + i * 4096));
     for (int i = 0; i < 32; ++i) CHECK_EQ(code_of(client.wait(io)), nvme::kStatusSuccess);
     for (std::uint64_t i = 0; i < 32; ++i) {
       Bytes got(4096);
@@ -547,8 +579,8 @@ TEST(copies_that_cannot_be_prepared_leave_nothing) {
   const Fake& fake = Fake::instance();
   fake.reset();
   const FakeCudaCounters before = fake.counters();
-  for (const char* call : {"cuStreamCreate", "cuEventCreate", "cuMemHostAlloc", "cuMemAlloc", "cuMemcpyHtoDAsync",
-                           "cuMemcpyDtoHAsync"}) {
+  for (const char* call :
+       {"cuStreamCreate", "cuEventCreate", "cuMemHostAlloc", "cuMemAlloc", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync"}) {
     fake.fail_call(call, 1, 2);
     const auto failure = CHECK_FAILS(gpunvme::GpuCopies(0));
     CHECK(std::string(failure.what()).find(call) != std::string::npos);

@@ -204,6 +204,7 @@ ctypes.c_uint32.from_address(host).value = 1
 """
 
 
+@pytest.mark.slow
 def test_a_kernel_that_hangs_keeps_its_memory() -> None:
     child = subprocess.run(
         [sys.executable, "-c", CHILD + HANGING, PRELUDE + HUNG, "full"],
