@@ -17,9 +17,14 @@ class Gpu final : public gpunvme::soft::DeviceMemory {
   explicit Gpu(int device) : copies(device) {}
   bool read(void* to, std::uint64_t from, std::size_t nbytes) override { return copies.to_host(to, from, nbytes); }
   bool write(std::uint64_t to, const void* from, std::size_t nbytes) override {
+    if (writes != nullptr) {
+      const auto* const bytes = static_cast<const std::uint8_t*>(from);
+      writes->emplace_back(to, Bytes(bytes, bytes + nbytes));
+    }
     return copies.to_gpu(to, from, nbytes);
   }
   gpunvme::GpuCopies copies;
+  std::vector<std::pair<std::uint64_t, Bytes>>* writes = nullptr;  // of a controller that is stepped
 };
 
 // A controller that reaches memory of GPU 0.
@@ -362,8 +367,11 @@ TEST(queues_in_gpu_memory_that_are_not_contiguous) {
     i < 64 ? c.put(kGpuIova + 0x5000 + i * 64, &sqe, 64)
            : static_cast<void>(std::memcpy(client.memory.at(host) + (i - 64) * 64, &sqe, 64));
   }
-  client.write_doorbell(nvme::sq_tail_doorbell(1, 0), 80);
-  client.until("all are fetched", [&] { return client.stat("flushes") == 80; });
+  // Some are on both sides of a page's end.
+  for (std::uint32_t tail = 10; tail <= 80; tail += 10) {
+    client.write_doorbell(nvme::sq_tail_doorbell(1, 0), tail);
+    client.until("they are fetched", [&] { return client.stat("flushes") == tail; });
+  }
   for (std::uint32_t i = 0; i < 80; ++i) {
     nvme::Cqe cqe;
     c.get(&cqe, kGpuIova + i * 16, 16);
@@ -420,6 +428,44 @@ TEST(faults_of_completions_in_gpu_memory) {
   CHECK_EQ(client.stat("fault.torn-cqe"), 1u);
   CHECK_EQ(client.stat("fault.stale-phase"), 1u);
   CHECK_EQ(client.stat("device_copy_errors"), 0u);
+}
+
+// What a kernel may see of an entry on its way, and in which order.
+TEST(entries_arrive_behind_their_data_and_whole_unless_a_fault_tears_them) {
+  Case c;
+  Client& client = *c.client;
+  GpuPair io(c, 1, kGpuIova + 0x10000, kGpuIova + 0x20000, 8);
+  const auto send = [&](const char* fault) {
+    client.controller.inject(fault, 1);
+    std::vector<std::pair<std::uint64_t, Bytes>> writes;
+    c.gpu->writes = &writes;
+    io.submit(c, client.io(nvme::kNvmRead, 0, 8, kGpuIova));
+    io.ring(c);
+    const nvme::Cqe cqe = io.wait(c);
+    c.gpu->writes = nullptr;
+    CHECK_EQ(code_of(cqe), nvme::kStatusSuccess);
+    CHECK_EQ(writes.at(0).first, c.memory->address());
+    CHECK_EQ(writes.at(0).second.size(), 4096u);
+    writes.erase(writes.begin());
+    return std::pair(cqe, writes);
+  };
+  const std::uint64_t first = c.memory->address() + 0x20000;
+  const auto [whole, once] = send("");
+  CHECK_EQ(once.size(), 1u);
+  CHECK(once[0].first == first && once[0].second.size() == 16);
+  for (const bool stale : {false, true}) {
+    const auto [cqe, writes] = send(stale ? "stale-phase" : "torn-cqe");
+    const std::uint64_t at = first + (stale ? 32 : 16);
+    const auto* const bytes = reinterpret_cast<const std::uint8_t*>(&cqe);
+    CHECK_EQ(writes.size(), stale ? 3u : 2u);
+    CHECK(writes.front().first == at && writes.front().second == Bytes(bytes, bytes + 12));
+    CHECK(writes.back().first == at + 12 && writes.back().second == Bytes(bytes + 12, bytes + 16));
+    if (stale) {
+      Bytes wrong(bytes + 12, bytes + 16);
+      wrong[2] ^= 1;  // the phase tag
+      CHECK(writes[1].first == at + 12 && writes[1].second == wrong);
+    }
+  }
 }
 
 TEST(accesses_that_the_mapping_does_not_allow_are_refused_and_recorded) {
