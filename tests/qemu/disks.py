@@ -52,3 +52,9 @@ def devices(folder: Path) -> list[str]:
 def behind_iommu(folder: Path) -> list[str]:
     """The same, and an IOMMU."""
     return [*guest.iommu(), *devices(folder)]
+
+
+def with_slow(folder: Path) -> list[str]:
+    """The same, and a controller that takes a while: what was sent to it is still on its way when its driver dies."""
+    slow = guest.namespace(blank(folder / "slow1", 32 * MIB), "slow1", bus="slow", nsid=1, iops=30)
+    return [*behind_iommu(folder), *guest.nvme("slow", "0c.0"), *slow]

@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 DOWN = re.compile(r"Kernel panic|BUG:|Oops|general protection|Call Trace")
 PARTS = REPOSITORY / "build" / "guest"
 INSIDE = Path(__file__).resolve().parent / "inside"
-DEBIAN, SECOND = "debian-6.1", "second"
+DEBIAN, NEW, SECOND = "debian-6.1", "debian-new", "second"
 LONG = os.environ.get("GPUNVME_TEST_LEVEL", "short") == "long"
 EARLY_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 
@@ -112,9 +112,10 @@ def iommu() -> list[str]:
     return ["-device", "intel-iommu,intremap=on,caching-mode=on"]
 
 
-def namespace(image: Path, name: str, *, bus: str, nsid: int, lba: int = 512) -> list[str]:
-    """One namespace of the controller whose id is `bus`."""
+def namespace(image: Path, name: str, *, bus: str, nsid: int, lba: int = 512, iops: int = 0) -> list[str]:
+    """One namespace of the controller whose id is `bus`; ``iops``: no more commands a second than that."""
     drive = f"file={image},format=raw,if=none,id={name},cache=writeback"
+    drive += f",throttling.iops-total={iops}" if iops else ""
     block = f"logical_block_size={lba},physical_block_size={lba}"
     return ["-drive", drive, "-device", f"nvme-ns,drive={name},bus={bus},nsid={nsid},{block}"]
 

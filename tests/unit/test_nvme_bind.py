@@ -44,7 +44,7 @@ def test_bind_writes_in_the_order_that_leaves_no_gap(tmp_path: Path) -> None:
         ("/sys/bus/pci/drivers_probe", BDF),
     ]
     assert kernel.loaded == ["vfio_iommu_type1", "vfio_pci"]
-    assert binding.vfio_nodes(BDF, kernel) == ["/dev/vfio/12"]
+    assert binding.user_nodes(BDF, kernel) == ["/dev/vfio/12"]
 
 
 def test_the_namespaces_are_held_while_the_driver_goes(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from gpunvme.nvme.sysfs import (
 )
 
 KERNEL_DRIVER = "nvme"
+OWN_DRIVER = "gpunvme"
 _STEP = 0.02  # seconds between two looks
 _NOIOMMU_SWITCH = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 
@@ -63,7 +64,7 @@ def bind(
     bdf
         PCI address of the controller.
     driver
-        Who gets it: ``vfio-pci`` or a variant of it.
+        Who gets it: ``vfio-pci`` or a variant of it, or ``gpunvme``, this project's own kernel module.
     overwrite
         The same PCI address once more, in full, to take a controller although it holds data or a process has it open;
         see `gpunvme.nvme.safety`.
@@ -97,7 +98,7 @@ def bind(
             # Before anything is touched, modules included; and held until the kernel's driver is gone.
             claim.check(overwrite)
             _need_driver(driver, timeout, machine)
-            if noiommu and function.iommu_group is None:
+            if noiommu and function.iommu_group is None and driver != OWN_DRIVER:
                 _allow_noiommu(machine)
             # The kernel finds namespaces one by one: what was not there yet was not looked at.
             if tuple(namespace_names(address, machine)) == claim.namespaces:
@@ -182,10 +183,10 @@ def _allow_noiommu(machine: Machine) -> None:
 
 def _check_unused(function: Function, machine: Machine) -> None:
     """Refuse to take a function from whoever drives it: the kernel would wait until that process ends."""
-    nodes = vfio_nodes(function.address, machine)
+    nodes = user_nodes(function.address, machine)
     for node in nodes:
         try:
-            # A group can be opened by one at a time.
+            # A group, and a function of our module, can be opened by one at a time.
             os.close(os.open(machine.path(node), os.O_RDWR | os.O_CLOEXEC))
         except OSError as error:
             if error.errno == errno.EBUSY:
@@ -196,7 +197,7 @@ def _check_unused(function: Function, machine: Machine) -> None:
 
 
 def _users(nodes: list[str], machine: Machine) -> str:
-    """Say which processes have a VFIO device open, and what to do."""
+    """Say which processes have a device file open, and what to do."""
     found = find_users(nodes, machine)
     return f"end {', '.join(found)} first" if found else ""
 
@@ -224,12 +225,16 @@ def find_users(nodes: list[str], machine: Machine) -> list[str]:
     return found
 
 
-def vfio_nodes(address: str, machine: Machine) -> list[str]:
-    """Return the device files by which a function that is bound to vfio-pci can be opened.
+def user_nodes(address: str, machine: Machine) -> list[str]:
+    """Return the device files by which a function that is bound to a driver for user space can be opened.
 
-    ``/dev/vfio/GROUP`` (``noiommu-GROUP`` without an IOMMU), and ``/dev/vfio/devices/vfioN`` where the kernel has it.
+    ``/dev/vfio/GROUP`` (``noiommu-GROUP`` without an IOMMU), and ``/dev/vfio/devices/vfioN`` where the kernel has it;
+    ``/dev/gpunvmeN`` of our own module.
     """
     where = folder_of(address)
+    own = [f"/dev/{name}" for name in machine.names(f"{where}/gpunvme")]
+    if own:
+        return [node for node in own if machine.exists(node)]
     group = machine.link(f"{where}/iommu_group")
     nodes = []
     if group is not None:
@@ -336,7 +341,7 @@ def _write(name: str, text: str, timeout: float, machine: Machine) -> None:
 
 def _wait_for_nodes(address: str, timeout: float, machine: Machine) -> None:
     """Wait until devtmpfs or udev has made the device files."""
-    _wait(lambda: bool(vfio_nodes(address, machine)), timeout, f"{address}: nothing for it appeared in /dev/vfio")
+    _wait(lambda: bool(user_nodes(address, machine)), timeout, f"{address}: no device file for it appeared in /dev")
 
 
 def _waited(condition: Callable[[], bool], timeout: float) -> bool:

@@ -76,6 +76,10 @@ def connect(uri: str | Uri) -> Transport:
         from gpunvme.nvme.vfio_user import VfioUserTransport
 
         return VfioUserTransport(uri.path)
+    if uri.scheme == "kmod":
+        from gpunvme.nvme.kmod import KmodTransport
+
+        return KmodTransport(uri.path)
     from gpunvme.nvme.vfio import VfioTransport
 
     return VfioTransport(uri.path, noiommu=uri.options.get("noiommu", False), prefer=uri.options.get("via", "auto"))

@@ -65,11 +65,13 @@ OPTIONS: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
     },
     "vfio-user": {},
     "pci": {"noiommu": _truth, "via": str},
+    "kmod": {},
 }
 _EXAMPLES = {
     "soft": "soft:disk.img?size=64MiB or soft:ram?size=64MiB",
     "vfio-user": "vfio-user:/run/nvme/cntrl",
     "pci": "pci:0000:01:00.0",
+    "kmod": "kmod:/dev/gpunvme0",
 }
 
 

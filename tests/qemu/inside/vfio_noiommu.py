@@ -32,7 +32,7 @@ def bind_refuses_without_the_word() -> None:
 def bind_with_the_word() -> dict[str, object]:
     change = binding.bind(BDF, noiommu=True)
     assert (change.before, change.after) == ("nvme", "vfio-pci")
-    nodes = binding.vfio_nodes(BDF, sysfs.Machine())
+    nodes = binding.user_nodes(BDF, sysfs.Machine())
     assert any("noiommu-" in node for node in nodes), nodes
     return {"nodes": nodes}
 
@@ -71,7 +71,7 @@ def iommufd_is_no_way() -> None:
 
 @check()
 def ordinary_user_is_refused() -> None:
-    for node in [*binding.vfio_nodes(BDF, sysfs.Machine()), "/dev/vfio/vfio"]:
+    for node in [*binding.user_nodes(BDF, sysfs.Machine()), "/dev/vfio/vfio"]:
         os.chmod(node, 0o666)
     said = as_nobody(lambda: refusal(TransportError, VfioTransport, BDF, noiommu=True))
     assert "root" in said, said

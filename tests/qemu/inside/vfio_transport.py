@@ -68,7 +68,7 @@ def bind_hands_it_over() -> dict[str, object]:
     assert len(change.namespaces) == 3
     assert not os.path.exists(disk)
     assert binding.bind(BDF).changed is False
-    return {"nodes": binding.vfio_nodes(BDF, sysfs.Machine())}
+    return {"nodes": binding.user_nodes(BDF, sysfs.Machine())}
 
 
 @check()
@@ -180,7 +180,7 @@ def open_again_at_once() -> None:
             client = Client(transport)
             assert client.identify(transport.allocate(4096))[4:9] == b"first"
             client.close()
-    assert not binding.find_users(binding.vfio_nodes(BDF, sysfs.Machine()), sysfs.Machine())
+    assert not binding.find_users(binding.user_nodes(BDF, sysfs.Machine()), sysfs.Machine())
 
 
 @check()
@@ -209,7 +209,7 @@ def ordinary_user_is_told_what_to_do() -> None:
     said = as_nobody(lambda: refusal(TransportError, VfioTransport, BDF, prefer=WAY))
     assert "no permission" in said, said
     assert "chown" in said, said
-    for node in [*binding.vfio_nodes(BDF, sysfs.Machine()), "/dev/vfio/vfio", "/dev/iommu"]:
+    for node in [*binding.user_nodes(BDF, sysfs.Machine()), "/dev/vfio/vfio", "/dev/iommu"]:
         if os.path.exists(node):
             os.chmod(node, 0o666)
 

@@ -1,0 +1,69 @@
+"""The kernel module: built for two kernels, and driven in guests that run them, behind an IOMMU."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import disks
+import guest
+import module
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.timeout(900)
+
+KERNELS = (guest.DEBIAN, guest.NEW)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_builds_without_a_warning(kernel: str, tmp_path: Path) -> None:
+    _, complaints = module.build(kernel, tmp_path / "kmod", "W=1")
+    assert not complaints
+
+
+@pytest.mark.skipif(not shutil.which("sparse"), reason="sparse is not installed (apt-get install sparse)")
+def test_sparse_finds_nothing(tmp_path: Path) -> None:
+    _, complaints = module.build(guest.DEBIAN, tmp_path / "kmod", "C=2", "CF=-D__CHECK_ENDIAN__")
+    assert not complaints
+
+
+def checks_on(kernel: str, folder: Path) -> guest.Checks:
+    built, _ = module.build(kernel, folder / "kmod")
+    selftest = module.build_selftest(folder / "kmod")
+    return guest.run_checks(
+        ["kmod"],
+        folder,
+        devices=disks.with_slow,
+        kernel=kernel,
+        environment={"GUEST_MODULE": str(built), "GUEST_SELFTEST": str(selftest)},
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def on_debian(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
+    return checks_on(guest.DEBIAN, tmp_path_factory.mktemp("old"))
+
+
+@pytest.fixture(scope="module")
+def on_new(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
+    """A kernel that has udmabuf, whose memory stands for another device's."""
+    return checks_on(guest.NEW, tmp_path_factory.mktemp("new"))
+
+
+@pytest.mark.parametrize(("program", "name"), guest.checks_of("kmod"))
+def test_on_debian_12(on_debian: guest.Checks, program: str, name: str) -> None:
+    on_debian.expect(program, name)
+
+
+@pytest.mark.parametrize(("program", "name"), guest.checks_of("kmod"))
+def test_on_a_new_kernel(on_new: guest.Checks, program: str, name: str) -> None:
+    on_new.expect(program, name)
+
+
+def test_dmabufs_were_there(on_new: guest.Checks) -> None:
+    """The check of dma-bufs passes without one where the kernel has none: this one has."""
+    assert not on_new.expect("kmod", "data_goes_into_a_dmabuf_and_out_of_it").facts

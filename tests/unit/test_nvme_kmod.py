@@ -1,0 +1,61 @@
+"""The kernel module's interface as Python knows it, and what a person is told who cannot open a device of it."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gpunvme import nvme
+from gpunvme.errors import TransportError
+from gpunvme.nvme import kmod_uapi as uapi
+
+HEADER = Path(__file__).resolve().parents[2] / "kmod" / "gpunvme_uapi.h"
+STRUCTURES = {"info": uapi.Info, "map": uapi.Map, "unmap": uapi.Unmap, "vector": uapi.Vector}
+NUMBERS = {
+    "GPUNVME_INFO": uapi.GET_INFO,
+    "GPUNVME_MAP": uapi.MAP,
+    "GPUNVME_UNMAP": uapi.UNMAP,
+    "GPUNVME_VECTOR": uapi.SET_VECTOR,
+    "GPUNVME_RESET": uapi.RESET,
+    "GPUNVME_UAPI_VERSION": uapi.VERSION,
+    "GPUNVME_UNIT": uapi.UNIT,
+    "GPUNVME_MAP_WRITE": uapi.MAP_WRITE,
+    "GPUNVME_INFO_IOMMU": uapi.INFO_IOMMU,
+    "GPUNVME_INFO_DMABUF": uapi.INFO_DMABUF,
+}
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
+def test_python_and_c_agree(tmp_path):
+    """A field that lies elsewhere would have the kernel map other memory than was asked for."""
+    expected: dict[str, int] = {**NUMBERS}
+    expressions = list(NUMBERS)
+    for name, structure in STRUCTURES.items():
+        for field in structure._fields_:
+            expression = f"offsetof(struct gpunvme_{name}, {field[0]})"
+            expressions.append(expression)
+            expected[expression] = getattr(structure, field[0]).offset
+        expressions.append(f"sizeof(struct gpunvme_{name})")
+        expected[expressions[-1]] = ctypes.sizeof(structure)
+    lines = "".join(f'printf("%llu\\n", (unsigned long long)({each}));\n' for each in expressions)
+    source = tmp_path / "layout.c"
+    source.write_text(
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "{HEADER}"\nint main(void) {{\n{lines}return 0;\n}}\n'
+    )
+    subprocess.run(["cc", "-o", tmp_path / "layout", source], check=True, timeout=60)
+    said = subprocess.run([tmp_path / "layout"], check=True, capture_output=True, text=True, timeout=10).stdout
+    assert dict(zip(expressions, map(int, said.split()), strict=True)) == expected
+
+
+def test_who_has_no_module_is_told_how_to_get_it(tmp_path):
+    with pytest.raises(TransportError, match=r"kmod/README\.md.*bind BDF --driver gpunvme"):
+        nvme.open(f"kmod:{tmp_path}/gpunvme0")
+
+
+def test_another_device_is_not_taken_for_one():
+    with pytest.raises(TransportError, match="no device of gpunvme's kernel module"):
+        nvme.open("kmod:/dev/null")
