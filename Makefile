@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip -qq --disable-pip-version-check
 REQUIREMENTS = $(BIN)/python tools/requirements
 NATIVE := $(shell find native -name '*.cpp' -o -name '*.h')
+KERNELS := $(wildcard src/gpunvme/gpu/kernels/*.cu*)
 
 # Tools that were installed into the environment come before the system's.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all pytest native native-plain native-asan native-tsan lint format wheel clean
+.PHONY: help setup demo test test-all pytest native native-plain native-asan native-tsan lint format docs wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 12
@@ -28,7 +29,7 @@ $(VENV)/prepared: tools/setup tools/requirements pyproject.toml
 	@touch $@
 
 # An editable installation: changes to Python files need nothing, changes to native ones a rebuild.
-$(VENV)/built: $(VENV)/prepared CMakeLists.txt native/CMakeLists.txt $(NATIVE)
+$(VENV)/built: $(VENV)/prepared CMakeLists.txt native/CMakeLists.txt $(NATIVE) $(KERNELS)
 	$(PIP) install --no-build-isolation --editable . --config-settings cmake.define.GPUNVME_WERROR=$(WERROR)
 	@touch $@
 
@@ -46,6 +47,11 @@ $(VENV)/guests: $(VENV)/prepared tools/guest-setup
 	$(BIN)/python tools/guest-setup
 	@touch $@
 
+# Up to 190 MB, where the machine has no CUDA toolkit.
+$(VENV)/device-compilers: $(VENV)/prepared tools/device-compilers
+	tools/device-compilers $(VENV)
+	@touch $@
+
 # --- using
 
 demo: $(VENV)/built $(VENV)/demo-checkpoint  ## load a real checkpoint (90 MB, fetched once) and say how it was read
@@ -53,11 +59,11 @@ demo: $(VENV)/built $(VENV)/demo-checkpoint  ## load a real checkpoint (90 MB, f
 
 # --- testing
 
-test: native pytest  ## all tests in their short form, the engine's also under sanitizers
+test: native device-code pytest  ## all tests in their short form, the engine's also under sanitizers
 
 test-all: export GPUNVME_TEST_LEVEL := long
 test-all: export PYTEST_TIMEOUT := 1800
-test-all: native pytest  ## the same at length: more examples, more rounds, slow tests
+test-all: native device-code pytest  ## the same at length: more examples, more rounds, slow tests
 
 native: native-plain native-asan native-tsan  ## the engine's own tests: plain, ASan and UBSan, TSan
 
@@ -70,6 +76,10 @@ native-plain native-asan native-tsan: native-%: $(VENV)/prepared
 	  -DGPUNVME_WERROR=$(if $(SANITIZE),OFF,$(WERROR)) -DGPUNVME_SANITIZE=$(SANITIZE) $(CMAKE_ARGS)
 	cmake --build build/$*
 	$(WITHOUT_RANDOM) ctest --test-dir build/$* --output-on-failure --no-tests=error
+
+.PHONY: device-code
+device-code: $(VENV)/built $(VENV)/device-compilers  ## compile what runs on GPUs, for all that we ship for
+	$(BIN)/python tools/device-code
 
 # The Python tests run against the libcuda that the plain native build leaves.
 pytest: export GPUNVME_FAKE_LIBCUDA := $(CURDIR)/build/plain/libcuda_fake.so
@@ -90,6 +100,14 @@ format: setup  ## put source files into their standard form
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
+
+$(VENV)/docs-with: $(VENV)/prepared
+	$(REQUIREMENTS) docs > $@.txt
+	$(PIP) install --requirement $@.txt
+	@touch $@
+
+docs: $(VENV)/docs-with  ## the documentation as a site, in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 wheel: $(VENV)/prepared  ## dist/*.whl
 	@rm -f dist/*.whl

@@ -3,5 +3,6 @@
 
 SIMT_KERNELS_BEGIN
 #include "all.cu"
-SIMT_KERNELS_END(SIMT_KERNEL(gpunvme_layout), SIMT_KERNEL(gpunvme_set_up), SIMT_KERNEL(gpunvme_reap),
-                 SIMT_KERNEL(gpunvme_gather), SIMT_KERNEL(gpunvme_scatter), SIMT_KERNEL(gpunvme_stream))
+SIMT_KERNELS_END(SIMT_KERNEL(gpunvme_cut), SIMT_KERNEL(gpunvme_layout), SIMT_KERNEL(gpunvme_set_up),
+                 SIMT_KERNEL(gpunvme_reap), SIMT_KERNEL(gpunvme_gather), SIMT_KERNEL(gpunvme_scatter),
+                 SIMT_KERNEL(gpunvme_stream))

@@ -14,10 +14,10 @@ from gpunvme import _native
 from gpunvme.arguments import checked_span, gathered_span, offsets_array
 from gpunvme.errors import FileError, RangeError
 from gpunvme.many import carry
-from gpunvme.memory import CPU, Buffer, Device, Span, check_gpu_span
+from gpunvme.memory import Buffer, Device, Span, check_gpu_span
 from gpunvme.opening import open_descriptor, open_path, sync_source
 from gpunvme.paths.base import Order, Part, Path, Source
-from gpunvme.paths.choose import HOST, Explanation, choose, explain
+from gpunvme.paths.choose import HOST, Explanation, check_forced, choose, explain
 from gpunvme.paths.nvme import NamespaceSource, is_namespace, open_namespace
 from gpunvme.replace import Replacement
 from gpunvme.streams import stream_handle
@@ -70,7 +70,7 @@ class File:
             raise ValueError(f"mode {mode!r}: use 'r', 'r+' or 'w'")
         self._mode = mode
         self._forced = path
-        self._paths: dict[Device, Path] = {}
+        self._paths: dict[tuple[Device, bool], Path] = {}
         self._path_name: str | None = None
         self._native: Source | None = None
         self.last_transfer: Transfer | None = None
@@ -85,7 +85,7 @@ class File:
             self._path_name = os.path.abspath(self._name)  # for atomic writes, wherever the process goes meanwhile
             self._native = open_path(self._name, mode)
         if path != "auto":
-            choose(self._native, CPU, path)  # a path that does not exist is an error now
+            check_forced(self._native, path)  # a path that does not exist is an error now
 
     @property
     def name(self) -> str:
@@ -136,10 +136,10 @@ class File:
             raise ValueError(f"{self._name!r} is closed")
         return self._native
 
-    def _path(self, device: Device) -> Path:
-        path = self._paths.get(device)
+    def _path(self, device: Device, *, gather: bool = False) -> Path:
+        path = self._paths.get((device, gather))
         if path is None:
-            path = self._paths[device] = choose(self._file, device, self._forced)
+            path = self._paths[device, gather] = choose(self._file, device, self._forced, gather=gather)
         return path
 
     def explain(self, device: Any = "cpu") -> Explanation:
@@ -264,7 +264,7 @@ class File:
             out = Buffer.empty(total, "cpu" if device is None else device, shape=(len(places), nbytes))
         span = gathered_span(out, device, total, f"{len(places)} reads of {nbytes} bytes")
         order = Order(False, span.device, stream_handle(stream, out, span.device), timeout)
-        movement = self._path(span.device).begin(order)
+        movement = self._path(span.device, gather=True).begin(order)
 
         def add() -> None:
             if nbytes > _native.MOST_GATHERED_BYTES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import time
@@ -254,6 +253,8 @@ class Transfer:
             self._movement.cancel()
 
     def __await__(self) -> Generator[Any, None, Self]:
+        import asyncio  # costs more than all the rest of this package
+
         return asyncio.get_running_loop().run_in_executor(None, self.wait).__await__()
 
     def _now(self) -> Report:

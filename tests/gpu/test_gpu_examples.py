@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.mark.parametrize("framework", ["torch", "cupy", "cuda.core"])
+@pytest.mark.parametrize("framework", ["torch", "cupy", "cuda.core", "numba.cuda"])
 def test_a_users_kernel(framework: str, tmp_path: Path) -> None:
     try:
         found = importlib.util.find_spec(framework)
@@ -22,7 +22,8 @@ def test_a_users_kernel(framework: str, tmp_path: Path) -> None:
         found = None
     if found is None:
         pytest.skip(f"{framework} is not installed")
-    example = EXAMPLES / f"gpu_kernel_{framework.replace('.', '_')}.py"
+    name = {"cuda.core": "cuda_core", "numba.cuda": "numba"}.get(framework, framework)
+    example = EXAMPLES / f"gpu_kernel_{name}.py"
     run = subprocess.run(
         [sys.executable, example], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=100
     )

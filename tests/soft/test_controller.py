@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+import files
 import gpunvme
 from files import contents
 from gpunvme import nvme
@@ -187,3 +188,26 @@ def test_a_controller_that_never_gets_ready_is_given_up():
 def test_a_controller_that_cannot_be_is_refused(uri, reason):
     with pytest.raises(gpunvme.Error, match=reason):
         nvme.open(uri)
+
+
+def test_all_controllers_are_closed_at_exit_whatever_closing_one_raises() -> None:
+    """A controller that is left running goes on with DMA into memory that is nobody's any more."""
+    program = """
+from gpunvme import nvme
+controllers = [nvme.open("soft:ram?size=1MiB") for _ in range(3)]
+closed = []
+for number, controller in enumerate(controllers):
+    close = controller.close
+    def closing(number=number, close=close):
+        close()
+        closed.append(number)
+        if number != 1:
+            raise RuntimeError(f"trouble with {number}")
+    controller.close = closing
+from gpunvme.nvme.controller import _close_all
+try:
+    _close_all()
+except ExceptionGroup as group:
+    print(sorted(closed), sorted(map(str, group.exceptions)))
+"""
+    assert files.output(program) == "[0, 1, 2] ['trouble with 0', 'trouble with 2']\n"

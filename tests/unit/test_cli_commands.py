@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import files
 from gpunvme.cli import main
 from gpunvme.cli.demo import packaged_checkpoint, touch, verdict_line
 from gpunvme.cli.exits import CheckFailedError, Exit, NotInstalledError
@@ -232,6 +233,16 @@ def test_demo_without_its_package_says_what_to_type(
 
 def row(median: float | None, low: float = 0.0, high: float = 0.0) -> dict[str, Any]:
     return {"median": median, "low": low or median, "high": high or median, "failure": "it broke"}
+
+
+def test_the_demo_of_gpu_queues_needs_a_gpu() -> None:
+    program = "import sys; from gpunvme.cli import main; sys.exit(main(sys.argv[1:]))"
+    without = {"GPUNVME_LIBCUDA": "/nowhere/libcuda.so.1"}
+    child = files.python(program, "demo", "--gpu", env=without)
+    assert child.returncode == Exit.NOT_USABLE
+    assert "cuda:0 cannot be used: no CUDA driver" in child.stderr
+    child = files.python(program, "demo", "--gpu", "--device", "cpu", env=without)
+    assert child.returncode == Exit.USAGE
 
 
 def test_demo_admits_when_it_loses() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -10,20 +12,13 @@ from pathlib import Path
 
 import pytest
 
+import files
 import gpunvme
 from gpunvme.gpu import compile as compiling  # the function; its module is below
 from gpunvme.gpu import include_directory
 
 module = sys.modules["gpunvme.gpu.compile"]
 KERNELS = Path(module.__file__).parent / "kernels"
-# What the package ships its kernels for.
-ARCHITECTURES = [75, *(pytest.param(each, marks=pytest.mark.slow) for each in (80, 86, 89, 90, 100)), 120]
-
-
-@functools.cache
-def nvcc() -> str:
-    wheels = [root / "bin" / "nvcc" for root in module._roots()]
-    return next((str(each) for each in wheels if each.is_file()), "") or shutil.which("nvcc") or ""
 
 
 @functools.cache
@@ -51,31 +46,120 @@ def test_the_device_library_is_host_code_too(tmp_path: Path, standard: str) -> N
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_kernels_compile_with_nvcc(tmp_path: Path, architecture: int) -> None:
-    if not nvcc():
-        pytest.skip("no nvcc")
-    knows = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    if f"compute_{architecture}\n" not in knows:
-        pytest.skip(f"this nvcc does not know compute_{architecture}")
-    command = [nvcc(), "-std=c++17", "-cubin", f"-arch=sm_{architecture}", f"-I{include_directory()}"]
-    try:
-        command.append(f"-I{module.cccl_directory()}")
-    except gpunvme.CudaError:
-        pass  # nvcc has its own
-    command += ["-o", str(tmp_path / "kernels.cubin"), str(KERNELS / "all.cu")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("header", sorted(path.name for path in include_directory().glob("gpunvme/*.h")))
+def test_each_header_stands_alone(tmp_path: Path, header: str) -> None:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source = tmp_path / "program.cpp"
+    source.write_text(f"#include <gpunvme/{header}>\n")
+    done = subprocess.run(
+        [compiler, "-std=c++17", "-fsyntax-only", f"-I{include_directory()}", str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (9, 0), (12, 0)])
-def test_the_kernels_compile_with_nvrtc(capability: tuple[int, int]) -> None:
+def test_our_kernels_compile_where_the_package_has_none() -> None:
+    """Every architecture, nvcc, and the examples: tools/device-code."""
     if no_nvrtc():
         pytest.skip(no_nvrtc())
-    image = module.compile_to_cubin((KERNELS / "all.cu").read_text(), capability, (), "all.cu")
-    for kernel in (b"gpunvme_gather", b"gpunvme_scatter", b"gpunvme_stream", b"gpunvme_set_up", b"gpunvme_reap"):
-        assert kernel in image
+    image = module.compile_to_cubin((KERNELS / "all.cu").read_text(), (9, 0), (), "all.cu")
+    for kernel in ("gather", "scatter", "stream", "set_up", "reap", "cut"):
+        assert f"gpunvme_{kernel}".encode() in image
+
+
+def test_the_package_has_its_kernels_if_there_was_nvcc_when_it_was_built() -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on PATH: kernels are compiled by NVRTC when they are used")
+    shipped = module.shipped_kernels()
+    assert shipped is not None
+    image = shipped.read_bytes()
+    assert image.startswith(b"\x50\xed\x55\xba"), "a fat binary"
+    assert module.why_no_kernels() == ""
+
+
+class Unloadable:
+    """A GPU that takes no image, and remembers what it was given."""
+
+    capability = (9, 0)
+
+    def __init__(self) -> None:
+        self.given: list[bytes] = []
+
+    def load(self, image: bytes) -> int:
+        self.given.append(image)
+        if image.startswith(b"for other GPUs"):
+            raise gpunvme.CudaError("CUDA_ERROR_NO_BINARY_FOR_GPU")
+        return 1
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where the package would have its compiled kernels; it is a source tree, so it has its kernels elsewhere."""
+    monkeypatch.setattr(module.gpunvme, "__path__", [str(tmp_path)])
+    (tmp_path / "gpu").mkdir()
+    return tmp_path / "gpu" / "kernels.fatbin"
+
+
+def test_without_nvcc_and_without_nvrtc_the_error_says_what_to_do(
+    package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def missing() -> None:
+        raise gpunvme.CudaError("NVRTC was not found: pip install nvidia-cuda-nvrtc, or install a CUDA toolkit")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "_nvrtc", missing)
+    assert module.why_no_kernels().startswith(
+        "gpunvme was built without nvcc, and cannot compile its kernels now: NVRTC"
+    )
+    with pytest.raises(gpunvme.CudaError, match=r"built without nvcc.*pip install nvidia-cuda-nvrtc"):
+        module.own_kernels(Unloadable())
+    package.write_bytes(b"a fat binary")
+    os.utime(package, (2**33, 2**33))
+    assert module.why_no_kernels() == ""
+    module.own_kernels(Unloadable())
+
+
+def test_compiled_kernels_are_taken_if_they_fit_the_gpu_and_are_not_older_than_their_source(
+    package: Path, compiled: list[str]
+) -> None:
+    for content, seconds, compiles in ((b"fits", 2**33, 0), (b"for other GPUs", 2**33, 1), (b"fits", 1, 1)):
+        package.write_bytes(content)
+        os.utime(package, (seconds, seconds))
+        compiled.clear()
+        shutil.rmtree(module._cache_directory(), ignore_errors=True)
+        gpu = Unloadable()
+        module.own_kernels(gpu)
+        assert len(compiled) == compiles
+        assert (gpu.given[0] == content) == (seconds > 1)
+
+
+def test_the_example_for_numba_links(tmp_path: Path) -> None:
+    """Numba's kernel and our device function, as far as it goes without a GPU."""
+    if importlib.util.find_spec("numba_cuda") is None:
+        pytest.skip("numba-cuda is not installed")
+    if no_nvrtc():
+        pytest.skip(no_nvrtc())
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import gpu_kernel_numba as example
+from cuda.core import Linker, LinkerOptions, ObjectCode
+from numba import cuda, types
+images = []
+compile_to_cubin = example.gpu.compile_to_cubin
+example.gpu.compile_to_cubin = lambda *arguments: images.append(compile_to_cubin(*arguments)) or images[-1]
+kernel = example.make_kernel((9, 0))
+ids, rows = types.int64[:, ::1], types.float32[:, ::1]
+types_of = types.void(types.int64, types.int64, ids, rows, types.int64, rows, types.int64[::1])
+ptx, _ = cuda.compile(kernel, types_of, device=False, cc=(9, 0), output="ptx", abi="numba")
+parts = ObjectCode.from_ptx(ptx.encode()), ObjectCode.from_cubin(images[0])
+print(len(Linker(*parts, options=LinkerOptions(arch="sm_90")).link("cubin").code) > 1000)
+"""
+    assert files.output(program, Path(__file__).parents[2] / "examples").endswith("True\n")
 
 
 def test_messages_of_nvrtc_reach_the_caller() -> None:

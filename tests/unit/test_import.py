@@ -30,13 +30,26 @@ OURS = {
     "gpunvme.paths.absent",
     "gpunvme.paths.base",
     "gpunvme.paths.choose",
+    "gpunvme.paths.gpu_nvme",
     "gpunvme.paths.host",
     "gpunvme.paths.nvme",
     "gpunvme.replace",
     "gpunvme.streams",
     "gpunvme.transfer",
 }
-NOT_WANTED = {"torch", "rich", "typer", "click", "cupy", "safetensors", "matplotlib", "numpy.testing", "hypothesis"}
+NOT_WANTED = {
+    "asyncio",
+    "ssl",
+    "torch",
+    "rich",
+    "typer",
+    "click",
+    "cupy",
+    "safetensors",
+    "matplotlib",
+    "numpy.testing",
+    "hypothesis",
+}
 
 
 def loaded(use: str = "") -> tuple[set[str], list[str]]:

@@ -88,12 +88,12 @@ def test_the_faster_path_is_chosen(file: gpunvme.File, monkeypatch: pytest.Monke
         def verdict(self, file: Any, device: Device) -> Verdict:
             return Verdict(self.name, self.usable, "a test's")
 
-        def speed(self, file: Any, device: Device) -> float | None:
+        def speed(self, file: Any, device: Device, *, gather: bool = False) -> float | None:
             return self.seen
 
     other = Other()
     monkeypatch.setattr(choosing, "PATHS", (choosing.HOST, other))
-    monkeypatch.setattr(type(choosing.HOST), "speed", lambda *_: 5e9)
+    monkeypatch.setattr(type(choosing.HOST), "speed", lambda *_, gather: 5e9)
     cpu = Device("cpu", 0)
     assert choosing.choose(file._file, cpu) is choosing.HOST
     other.seen = 6e9

@@ -34,9 +34,15 @@ def demo(
         str | None,
         typer.Option(help=f"A checkpoint of your own instead of the one in {PACKAGE}.", show_default=False),
     ] = None,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Show NVMe queues that GPU kernels drive instead; needs a GPU, no drive.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Load a real checkpoint, check every bit of it, and time it beside the safetensors library."""
+    if gpu:
+        _demonstrate_gpu(device, checkpoint, json)
+        return
     import gpunvme
     from gpunvme.bench import contest
     from gpunvme.cli.device import no_gpu_reason, resolve_device
@@ -110,6 +116,15 @@ def demo(
             " cold: it was dropped from it.",
             style="dim",
         )
+
+
+def _demonstrate_gpu(device: str, checkpoint: str | None, json: bool) -> None:
+    from gpunvme.cli.demo_gpu import demonstrate
+    from gpunvme.cli.device import resolve_device
+
+    if checkpoint is not None or device == "cpu":
+        raise typer.BadParameter("--gpu needs a GPU, and no checkpoint", param_hint="--gpu")
+    demonstrate(Output(as_json=json), resolve_device("cuda:0" if device == "auto" else device))
 
 
 def packaged_checkpoint() -> str:

@@ -5,7 +5,7 @@ Needs an NVIDIA driver; `compile` also needs NVRTC and libcu++ (a CUDA toolkit, 
 
 from __future__ import annotations
 
-from gpunvme.gpu.compile import Kernel, Program, compile, include_directory  # noqa: A004
+from gpunvme.gpu.compile import Kernel, Program, compile, compile_to_cubin, include_directory  # noqa: A004
 from gpunvme.gpu.queues import GpuQueues
 
-__all__ = ["GpuQueues", "Kernel", "Program", "compile", "include_directory"]
+__all__ = ["GpuQueues", "Kernel", "Program", "compile", "compile_to_cubin", "include_directory"]

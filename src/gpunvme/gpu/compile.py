@@ -24,7 +24,7 @@ from gpunvme.memory import Device, span_of
 from gpunvme.streams import stream_handle
 
 _KERNELS = Path(__file__).parent / "kernels"
-_SHIPPED = Path(__file__).parent / "kernels.fatbin"
+_SHIPPED = "kernels.fatbin"
 _NVRTC_MAJORS = (13, 12)
 
 # NVRTC has no C++ library; libcu++ has what our headers need of one. offsetof as NVRTC's own front end understands it
@@ -329,11 +329,50 @@ def compile(  # noqa: A001 - gpunvme.gpu.compile is what users write
     return Program(gpu, _compiled(source, gpu.capability, options, name))
 
 
+def shipped_kernels() -> Path | None:
+    """Our kernels as nvcc compiled them when the package was built; None if it was not there.
+
+    None, too, in a source tree whose kernels were changed since.
+    """
+    for place in [Path(each) / "gpu" / _SHIPPED for each in gpunvme.__path__]:
+        if place.is_file():
+            sources = [*_KERNELS.glob("*.cu*")] if place.parent != _KERNELS.parent else []
+            if all(source.stat().st_mtime <= place.stat().st_mtime for source in sources):
+                return place
+    return None
+
+
+def why_no_kernels() -> str:
+    """Why the kernels that come with the package can be had neither compiled nor by compiling them; "" if they can."""
+    if shipped_kernels() is not None:
+        return ""
+    try:
+        _nvrtc()
+        cccl_directory()
+        include_directory()
+    except CudaError as error:
+        return f"gpunvme was built without nvcc, and cannot compile its kernels now: {error}"
+    return ""
+
+
 def own_kernels(gpu: Gpu) -> Program:
-    """The kernels that come with the package."""
-    if _SHIPPED.is_file():
+    """The kernels that come with the package.
+
+    Raises
+    ------
+    CudaError
+        If they were not compiled with the package for this GPU, and cannot be compiled now; says what is missing.
+    """
+    shipped = shipped_kernels()
+    if shipped is not None:
         try:
-            return Program(gpu, _SHIPPED.read_bytes())
+            return Program(gpu, shipped.read_bytes())
         except CudaError:
             pass  # for none of the GPUs that it was compiled for: compile
-    return Program(gpu, _compiled((_KERNELS / "all.cu").read_text(), gpu.capability, (), "gpunvme's kernels"))
+    source = (_KERNELS / "all.cu").read_text()
+    try:
+        return Program(gpu, _compiled(source, gpu.capability, (), "gpunvme's kernels"))
+    except CudaError as error:
+        if shipped is not None:
+            raise
+        raise CudaError(f"gpunvme was built without nvcc, and cannot compile its kernels now: {error}") from None

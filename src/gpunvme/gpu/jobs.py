@@ -150,6 +150,20 @@ class KernelMovement:
         self._start = time.perf_counter()
         self._seconds = 0.0
 
+    def repeat_lost(self) -> None:
+        """Repeat lost commands even if nobody waits; for a stream in which nothing follows that needs the data."""
+        self._repeat = True
+
+    @property
+    def commands(self) -> int:
+        """Commands that were answered so far, well or not."""
+        return self._commands
+
+    @property
+    def launches(self) -> int:
+        """Launches so far."""
+        return self._launches
+
     def begin(self) -> None:
         """Launch it for the first time."""
         self._start = time.perf_counter()

@@ -147,12 +147,15 @@ class QueueSet:
 
     def check_usable(self) -> None:
         """Raise if the queues cannot be used any more."""
-        if self._ended.is_set():
-            raise ValueError(f"the GPU queues of {self._namespace.name} are closed")
+        self._check_not_ended()
         if self.process != os.getpid():
             raise CudaError("GPU queues belong to the parent process; make them in the child to use them there")
         if self._dead is not None:
             raise self._dead
+
+    def _check_not_ended(self) -> None:
+        if self._ended.is_set():
+            raise ValueError(f"the GPU queues of {self._namespace.name} are closed")
 
     def wait_until_up(self) -> None:
         """Wait while the queues are made anew. The caller holds the gate, and launches before it lets go."""
@@ -169,6 +172,7 @@ class QueueSet:
         """The queues' states as they are now, one row each."""
         states = self._memory.states
         with self.looking:
+            self._check_not_ended()  # or it may be freed already: who closes does not wait for ever for who recovers
             self._gpu.to_host(states.host, states.address, states.nbytes, self.stream)
             self._gpu.synchronize(self.stream)
             return cast(NDArray[np.uint8], states.shadow.reshape(len(self._queue_ids), -1).copy())
@@ -244,7 +248,10 @@ class QueueSet:
                     return
                 # Completions that come when no kernel waits any more are taken by this one.
                 grid = len(self._queue_ids), 1, 1
-                self._gpu.launch(self._kernels["reap"], grid, (32, 1, 1), [ctypes.c_uint64(self.handle)], self.stream)
+                with self.looking:
+                    self._check_not_ended()
+                    handle = [ctypes.c_uint64(self.handle)]
+                    self._gpu.launch(self._kernels["reap"], grid, (32, 1, 1), handle, self.stream)
                 time.sleep(0.005)
 
     # --- made and left, as a controller's guest

@@ -474,12 +474,26 @@ class Controller:
             self.check_open()
             return self.io_queues, self.epoch
 
+    def queues_left(self) -> int:
+        """How many I/O queues are left for guests.
+
+        Raises
+        ------
+        ValueError, NvmeError
+            If the controller cannot be used any more.
+        """
+        with self._lock:
+            self.check_open()
+            return len(self._free_ids())
+
+    def _free_ids(self) -> list[int]:
+        return [each for each in range(self._wanted[0] + 1, self._granted + 1) if each not in self._guest_ids]
+
     def take_queue_ids(self, count: int) -> list[int]:
         """Queue ids for a guest, as many as there are up to ``count``; `give_queue_ids` gives them back."""
         with self._lock:
             self.check_open()
-            free = [each for each in range(self._wanted[0] + 1, self._granted + 1) if each not in self._guest_ids]
-            taken = free[:count]
+            taken = self._free_ids()[:count]
             self._guest_ids.update(taken)
             return taken
 
@@ -599,8 +613,18 @@ _open_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
 
 
 def _close_all() -> None:
+    """Close every controller, whatever closing another one raises; then raise it."""
+    failures: list[Exception] = []
     for controller in list(_open_controllers):
-        controller.close()
+        try:
+            controller.close()
+        except Exception as error:  # noqa: BLE001 - the others must be closed, too
+            error.add_note(f"while {controller.transport.uri} was closed")
+            failures.append(error)
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise ExceptionGroup("controllers could not be closed in order", failures)
 
 
 atexit.register(_close_all)

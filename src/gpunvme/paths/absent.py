@@ -11,4 +11,4 @@ _WHY = "this release of gpunvme has no code for it"
 
 ABSENT: tuple[Verdict, ...] = tuple(
     Verdict(name, False, _WHY) for name in ("cufile/nvidia-fs", "cufile/p2pdma", "cufile/compat", "p2pdma")
-) + (Verdict("gpu-nvme", False, "kernels take it for namespaces, by Namespace.gpu_queues; files do not"),)
+)

@@ -90,8 +90,8 @@ class Path(Protocol):
     def verdict(self, file: Source, device: Device) -> Verdict:
         """Say whether it can carry bytes between this file and this device, and if not why."""
 
-    def speed(self, file: Source, device: Device) -> float | None:
-        """Bytes per second that it was seen to reach there in this process, or None."""
+    def speed(self, file: Source, device: Device, *, gather: bool = False) -> float | None:
+        """Bytes per second that it was seen to reach there in this process, by large ranges or gathers, or None."""
 
     def begin(self, order: Order) -> OpenMovement:
         """Carry: begin a transfer."""

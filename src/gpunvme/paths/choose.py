@@ -6,15 +6,17 @@ from collections.abc import Iterator
 
 from gpunvme import _native
 from gpunvme.errors import CudaError, PathError
-from gpunvme.memory import Device
+from gpunvme.memory import CPU, Device
 from gpunvme.paths.absent import ABSENT
 from gpunvme.paths.base import NAMES, Path, Source, Verdict
+from gpunvme.paths.gpu_nvme import GpuNvmePath
 from gpunvme.paths.host import HostPath
 from gpunvme.paths.nvme import NvmePath
 
 HOST = HostPath()
-# In the order of preference where no speed was seen yet.
-PATHS: tuple[Path, ...] = (HOST, NvmePath())
+# In the order of preference: another one is taken where both were seen, and it was faster.
+PATHS: tuple[Path, ...] = (HOST, NvmePath(), GpuNvmePath())
+_FIRST_GPU = Device("cuda", 0)
 
 
 class Explanation:
@@ -52,8 +54,8 @@ def explain(file: Source, device: Device, forced: str = "auto") -> Explanation:
     return Explanation(device, tuple(verdicts), chosen)
 
 
-def choose(file: Source, device: Device, forced: str = "auto") -> Path:
-    """Pick the path for transfers between a file and a device.
+def choose(file: Source, device: Device, forced: str = "auto", *, gather: bool = False) -> Path:
+    """Pick the path for transfers, or for gathers, between a file and a device.
 
     Raises
     ------
@@ -67,9 +69,26 @@ def choose(file: Source, device: Device, forced: str = "auto") -> Path:
     usable = [path for path in PATHS if path.verdict(file, device).usable]
     if not usable:
         raise CudaError(f"no path reaches {device}: {_why_not(file, device)}")
-    if len(usable) == 1:
-        return usable[0]
-    return max(usable, key=lambda path: path.speed(file, device) or 0.0)
+    best, *others = usable
+    for path in others:
+        speed, ours = path.speed(file, device, gather=gather), best.speed(file, device, gather=gather)
+        if speed is not None and ours is not None and speed > ours:
+            best = path
+    return best
+
+
+def check_forced(file: Source, forced: str) -> None:
+    """Check that a path that was asked for by name can carry this file, to memory of the host or of a GPU.
+
+    Raises
+    ------
+    PathError
+        If it cannot, or does not exist.
+    """
+    try:
+        choose(file, CPU, forced)
+    except PathError:
+        choose(file, _FIRST_GPU, forced)
 
 
 def _why_not(file: Source, device: Device) -> str:

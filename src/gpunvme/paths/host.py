@@ -65,7 +65,7 @@ class HostPath:
             how += "; through page-locked host memory and the copy engine"
         return Verdict(self.name, True, how)
 
-    def speed(self, file: Source, device: Device) -> float | None:
+    def speed(self, file: Source, device: Device, *, gather: bool = False) -> float | None:
         """Bytes per second of the last large transfer between this file's drive and the device."""
         return self._speeds.get((os.fstat(file.fileno()).st_dev, device))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +15,13 @@ from gpunvme import _native
 from gpunvme.errors import RangeError, SpanError
 from gpunvme.memory import Buffer, Device, Span, address_of
 from gpunvme.paths.base import OpenMovement, Order, Part, Source, Verdict
-from gpunvme.transfer import Report
+from gpunvme.transfer import Movement, Report
 
 if TYPE_CHECKING:
-    from gpunvme.nvme.movement import NvmeMovement
     from gpunvme.nvme.namespace import Namespace
+
+
+_TELLING_SECONDS = 0.01  # a shorter transfer says nothing about speed
 
 
 class NamespaceSource:
@@ -31,6 +35,11 @@ class NamespaceSource:
         Whether it was opened for writing.
     owned
         Whether the controller is closed with it.
+
+    Attributes
+    ----------
+    on_close
+        What a path keeps for it, let go of before the controller.
     """
 
     is_block_device = True
@@ -39,6 +48,7 @@ class NamespaceSource:
         self.namespace = namespace
         self.writable = writable
         self._owned = owned
+        self.on_close = ExitStack()
 
     def size(self) -> int:
         """Bytes in the namespace."""
@@ -82,15 +92,23 @@ class NamespaceSource:
         self.namespace.flush()
 
     def close(self) -> None:
-        """Close the controller, if it was opened for this source alone."""
-        if self._owned:
-            self.namespace.controller.close()
+        """Let go of what paths keep for it; close the controller, if it was opened for this source alone."""
+        try:
+            self.on_close.close()
+        finally:
+            if self._owned:
+                self.namespace.controller.close()
 
 
 class NvmePath:
     """Raw namespaces only: whole drives that were taken from the kernel, or that it never had."""
 
     name = "nvme"
+
+    def __init__(self) -> None:
+        self._speeds: weakref.WeakKeyDictionary[Namespace, dict[tuple[Device, bool], float]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def verdict(self, source: Source, device: Device) -> Verdict:
         """Say whether it is a namespace, and whether the device is there."""
@@ -109,60 +127,131 @@ class NvmePath:
             return Verdict(self.name, False, f"there is no {device}: the driver sees {count} GPU(s)")
         return Verdict(self.name, True, how + "; through page-locked host memory and the copy engine")
 
-    def speed(self, source: Source, device: Device) -> float | None:
-        """Nothing else carries namespaces: there is nothing to compare it with."""
-        return None
+    def speed(self, source: Source, device: Device, *, gather: bool = False) -> float | None:
+        """Bytes per second of the last large transfer, or gather, between this namespace and the device."""
+        if not isinstance(source, NamespaceSource):
+            return None
+        return self._speeds.get(source.namespace, {}).get((device, gather))
 
     def begin(self, order: Order) -> OpenMovement:
         """Begin a transfer."""
-        return NamespacesMovement(order)
+        return NamespacesMovement(order, self.name, lambda source: DriverMovement(self, source.namespace, order))
+
+    def note_speed(self, namespace: Namespace, device: Device, speed: float, *, gather: bool) -> None:
+        """Remember how fast a transfer was."""
+        self._speeds.setdefault(namespace, {})[device, gather] = speed
 
 
-class NamespacesMovement:
-    """One transfer between memory and the bytes of one or more namespaces."""
+class OneNamespace(Movement, Protocol):
+    """What moves the bytes of one namespace."""
 
-    def __init__(self, order: Order) -> None:
-        self._order = order
-        self._by_namespace: dict[Namespace, NvmeMovement] = {}
-        self._sealed = False
+    def add_part(self, offset: int, span: Span) -> None:
+        """Add a range of bytes."""
 
-    def _of(self, source: Source) -> NvmeMovement:
+    def add_gather(self, offsets: NDArray[np.int64], nbytes: int, span: Span) -> None:
+        """Add small reads, packed in order into ``span``; ``offsets`` is kept by the caller."""
+
+    def begin(self) -> None:
+        """Begin what was added, where that does not wait for `seal`."""
+
+    def seal(self) -> None:
+        """Say that nothing more comes."""
+
+
+class DriverMovement:
+    """Bytes of one namespace on their way, by the driver's own queues."""
+
+    def __init__(self, path: NvmePath, namespace: Namespace, order: Order) -> None:
         from gpunvme.nvme import spec
         from gpunvme.nvme.movement import NvmeMovement
 
+        opcode = spec.NvmOpcode.WRITE if order.write else spec.NvmOpcode.READ
+        self._path = path
+        self._order = order
+        self._movement = movement = NvmeMovement(namespace, opcode, 0, order)
+        self._namespace = namespace
+        self._block = namespace.block_size
+        self._ranged = self._gathered = self._noted = False
+        self.seal, self.cancel, self.expire = movement.seal, movement.cancel, movement.expire
+        self.failure, self.report = movement.failure, movement.report
+
+    def add_part(self, offset: int, span: Span) -> None:
+        """Add a range of bytes."""
+        self._ranged = True
+        lba, before = divmod(offset, self._block)
+        after = -(before + span.nbytes) % self._block
+        if before or after:
+            # What else is in the first and the last block is read, too, into memory that nobody looks at.
+            unwanted = Buffer.empty(before).span, Buffer.empty(after).span
+            self._movement.keep(unwanted)
+            self._movement.add_pieces(lba, [unwanted[0], span, unwanted[1]])
+        else:
+            self._movement.add_range(lba, span)
+
+    def add_gather(self, offsets: NDArray[np.int64], nbytes: int, span: Span) -> None:
+        """Add small reads, packed in order into ``span``."""
+        if nbytes % self._block or np.any(offsets % self._block):
+            for i, at in enumerate(offsets):
+                self.add_part(int(at), span.part(i * nbytes, nbytes))
+        else:
+            lbas = offsets // self._block
+            self._movement.keep(lbas)
+            self._movement.add_blocks(address_of(lbas), len(lbas), nbytes // self._block, span)
+        self._gathered = True
+
+    def begin(self) -> None:
+        """Nothing moves before all was added."""
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the end at most so long."""
+        done = self._movement.wait(seconds)
+        if done and not self._noted and self._movement.failure() is None and not self._order.write:
+            self._noted = True
+            now = self._movement.report()
+            if self._ranged != self._gathered and now.seconds > _TELLING_SECONDS:
+                speed = now.moved_bytes / now.seconds
+                self._path.note_speed(self._namespace, self._order.device, speed, gather=self._gathered)
+        return done
+
+
+class NamespacesMovement:
+    """One transfer between memory and the bytes of one or more namespaces.
+
+    Parameters
+    ----------
+    order
+        What holds for the whole of it.
+    path
+        Name of the path.
+    begin_one
+        Makes the movement of one namespace.
+    """
+
+    def __init__(self, order: Order, path: str, begin_one: Callable[[NamespaceSource], OneNamespace]) -> None:
+        self._order = order
+        self._path = path
+        self._begin_one = begin_one
+        self._by_namespace: dict[Namespace, OneNamespace] = {}
+        self._sealed = False
+
+    def _of(self, source: Source) -> OneNamespace:
         if not isinstance(source, NamespaceSource):
             raise SpanError("files and namespaces cannot be parts of one transfer")
         movement = self._by_namespace.get(source.namespace)
         if movement is None:
-            opcode = spec.NvmOpcode.WRITE if self._order.write else spec.NvmOpcode.READ
-            movement = self._by_namespace[source.namespace] = NvmeMovement(source.namespace, opcode, 0, self._order)
+            movement = self._by_namespace[source.namespace] = self._begin_one(source)
         return movement
 
     def add(self, parts: Sequence[Part]) -> None:
         """Add ranges to be moved."""
         for source, offset, span in parts:
-            movement = self._of(source)
-            block = movement.namespace.block_size
-            lba, before = divmod(offset, block)
-            after = -(before + span.nbytes) % block
-            if before or after:
-                # What else is in the first and the last block is read, too, into memory that nobody looks at.
-                unwanted = Buffer.empty(before).span, Buffer.empty(after).span
-                movement.keep(unwanted)
-                movement.add_pieces(lba, [unwanted[0], span, unwanted[1]])
-            else:
-                movement.add_range(lba, span)
+            self._of(source).add_part(offset, span)
+        for movement in self._by_namespace.values():
+            movement.begin()
 
     def add_gather(self, file: Source, offsets: NDArray[np.int64], nbytes: int, span: Span) -> None:
         """Add small reads; ``offsets`` is kept by the caller until the transfer is done."""
-        movement = self._of(file)
-        block = movement.namespace.block_size
-        if nbytes % block or np.any(offsets % block):
-            self.add([Part(file, int(at), span.part(i * nbytes, nbytes)) for i, at in enumerate(offsets)])
-            return
-        lbas = offsets // block
-        movement.keep(lbas)
-        movement.add_blocks(address_of(lbas), len(lbas), nbytes // block, span)
+        self._of(file).add_gather(offsets, nbytes, span)
 
     def seal(self) -> None:
         """Say that nothing more comes."""
@@ -197,7 +286,7 @@ class NamespacesMovement:
         if len(reports) == 1:
             return reports[0]
         return Report(
-            NvmePath.name,
+            self._path,
             "; ".join(report.reason for report in reports) or "nothing was moved",
             max((report.seconds for report in reports), default=0.0),
             direct_bytes=sum(report.direct_bytes for report in reports),
