@@ -40,7 +40,7 @@ def candidates(controller: Controller, gpu: Gpu, wanted: str) -> tuple[list[str]
         higher = refusal or f"placement {wanted!r} was asked for"
         return [wanted], {name: higher for name in PLACEMENTS if name != wanted}
     if not refusal and access.kind == "emulated":
-        refusal = f"used only where it is asked for by name: {access.reason}"
+        refusal = f"only when asked for by name: {access.reason}"
     if refusal:
         return ["host"], dict.fromkeys(("data", "full"), refusal)
     return ["full", "data", "host"], {}

@@ -83,13 +83,10 @@ class Probe:
                     uri = self._controller.transport.uri
                     raise PathError(f"placement {name!r} cannot be used on {uri}: {self.reasons[name]}") from error
             else:
-                where = describe(name, self._controller)
+                self.reasons[name] = "used: what kernels read was compared with what the driver reads"
                 if name != "host":
-                    where += f"; {describe_ordering(self._gpu)}"
-                self.reasons[name] = (
-                    f"used: {where}; what kernels read was compared with what the driver reads; doorbells "
-                    f"{made[0].doorbells.reason}"
-                )
+                    where = describe(name, self._controller)
+                    self.reasons[name] += f"; {where}; {describe_ordering(self._gpu)}"
                 for lower in names[names.index(name) + 1 :]:
                     self.reasons[lower] = f"not needed: {name!r} works"
                 return made

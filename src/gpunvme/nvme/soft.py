@@ -48,11 +48,7 @@ class SoftTransport:
 
     maps_any_memory = True
     bounce_below = 0
-    gpu_access = GpuAccess(
-        "emulated",
-        "emulated: threads of the software controller have it copied by the GPU's copy engine, which proves code, "
-        "never speed",
-    )
+    gpu_access = GpuAccess("emulated", "emulated by the GPU's copy engine, which proves code, never speed")
 
     def __init__(self, uri: Uri) -> None:
         self.uri = uri.text
