@@ -108,6 +108,7 @@ void bind_memory_and_queue(nb::module_& module) {
       .def_prop_ro("slots", &IoStaging::slots)
       .def_prop_ro("free_slots", &IoStaging::free_slots)
       .def_prop_ro("page_locked", &IoStaging::page_locked)
+      .def("unlock", &IoStaging::unlock, nb::call_guard<nb::gil_scoped_release>())
       .def("reclaim", &IoStaging::reclaim);
 
   nb::class_<IoQueue>(module, "IoQueue")

@@ -6,19 +6,70 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <set>
 #include <stdexcept>
 #include <string>
 
 #include "bindings.h"
 #include "controller.h"
+#include "gpu_copies.h"
 
 namespace nb = nanobind;
 
 namespace gpunvme {
 namespace {
 
-using soft::Controller;
+// GPU memory for the software controller, which knows nothing of CUDA.
+class GpuMemory final : public soft::DeviceMemory {
+ public:
+  explicit GpuMemory(int device) : copies_(device) {}
+  bool read(void* to, std::uint64_t from, std::size_t nbytes) override { return copies_.to_host(to, from, nbytes); }
+  bool write(std::uint64_t to, const void* from, std::size_t nbytes) override {
+    return copies_.to_gpu(to, from, nbytes);
+  }
+  std::string failure() const { return copies_.failure(); }
+
+ private:
+  GpuCopies copies_;
+};
+
+class Controller : public soft::Controller {
+ public:
+  using soft::Controller::Controller;
+
+  void map_gpu(std::uint64_t iova, std::uint64_t nbytes, std::uint64_t address, int device, bool readable,
+               bool writable) {
+    map_device(iova, nbytes, address, readable, writable, gpu(device));
+  }
+  // What GPUs are reached by goes with the last mapping, not when the object is collected: a kernel of somebody else's
+  // may run by then, and CUDA frees nothing before it has ended.
+  void stop() {
+    soft::Controller::stop();
+    const std::lock_guard lock(mutex_);
+    gpus_.clear();
+  }
+  // Of the first copy that failed on a GPU, or an empty string.
+  std::string gpu_failure(int device) {
+    const std::lock_guard lock(mutex_);
+    const auto found = gpus_.find(device);
+    return found == gpus_.end() ? "" : found->second->failure();
+  }
+
+ private:
+  // Kept until the controller stops: memory is mapped again and again.
+  std::shared_ptr<GpuMemory> gpu(int device) {
+    const std::lock_guard lock(mutex_);
+    std::shared_ptr<GpuMemory>& found = gpus_[device];
+    if (found == nullptr) found = std::make_shared<GpuMemory>(device);
+    return found;
+  }
+
+  std::mutex mutex_;
+  std::map<int, std::shared_ptr<GpuMemory>> gpus_;
+};
 
 template <typename T>
 void take(const nb::dict& options, const char* name, T& into) {
@@ -98,6 +149,9 @@ void bind_soft(nb::module_& module) {
              bool writable) { self.map(iova, nbytes, reinterpret_cast<void*>(address), readable, writable); },
           nb::arg("iova"), nb::arg("nbytes"), nb::arg("address"), nb::arg("readable") = true,
           nb::arg("writable") = true, Released())
+      .def("map_gpu", &Controller::map_gpu, nb::arg("iova"), nb::arg("nbytes"), nb::arg("address"), nb::arg("device"),
+           nb::arg("readable") = true, nb::arg("writable") = true, Released())
+      .def("gpu_failure", &Controller::gpu_failure, nb::arg("device"), Released())
       .def("unmap", &Controller::unmap, nb::arg("iova"), nb::arg("nbytes"), Released())
       .def("set_interrupt", &Controller::set_interrupt, nb::arg("vector"), nb::arg("eventfd"), Released())
       .def("reset", &Controller::reset, Released())

@@ -62,12 +62,27 @@ IoStaging::IoStaging(std::shared_ptr<IoMemory> memory, std::uint64_t slot_bytes)
 
 IoStaging::~IoStaging() {
   if (process_ != getpid()) return;
+  unlock();
   try {
     for (const Parked& parked : parked_) {
       CudaContextScope scope(parked.lane->device);
-      cuda().StreamSynchronize(parked.lane->stream);
       cuda().EventDestroy(parked.event);
     }
+  } catch (const Failure&) {
+    // The context is gone, and its events with it.
+  }
+}
+
+void IoStaging::unlock() {
+  if (process_ != getpid()) return;
+  std::lock_guard lock(mutex_);
+  try {
+    const auto finish = [](const CopyLane& lane) {
+      CudaContextScope scope(lane.device);
+      cuda().StreamSynchronize(lane.stream);
+    };
+    for (const Parked& parked : parked_) finish(*parked.lane);
+    for (const CopyLane* lane : lent_) finish(*lane);
     if (locked_on_ >= 0) {
       CudaContextScope scope(locked_on_);
       cuda().MemHostUnregister(address(0));
@@ -75,6 +90,8 @@ IoStaging::~IoStaging() {
   } catch (const Failure&) {
     // The context is gone, and what was locked in it.
   }
+  locked_on_ = -1;
+  tried_to_lock_ = true;
 }
 
 std::uint32_t IoStaging::free_slots() const {
@@ -129,16 +146,21 @@ std::unique_ptr<CopyLane> IoStaging::borrow_lane(int device) {
     if (found != lanes_.end()) {
       std::unique_ptr<CopyLane> lane = std::move(*found);
       lanes_.erase(found);
+      lent_.push_back(lane.get());
       return lane;
     }
   }
-  return std::make_unique<CopyLane>(device);
+  auto lane = std::make_unique<CopyLane>(device);
+  std::lock_guard lock(mutex_);
+  lent_.push_back(lane.get());
+  return lane;
 }
 
 void IoStaging::give_back_lane(std::unique_ptr<CopyLane> lane, std::vector<std::uint32_t> slots) {
+  std::lock_guard lock(mutex_);
+  std::erase(lent_, lane.get());
   CUevent event = nullptr;
   if (!slots.empty()) event = lane->mark();
-  std::lock_guard lock(mutex_);
   if (slots.empty()) {
     lanes_.push_back(std::move(lane));
   } else {

@@ -63,6 +63,9 @@ class IoStaging {
   // Page-locks the memory for all GPUs, once. Where the driver refuses, copies still work, slower.
   void page_lock(int device);
   bool page_locked() const;
+  // Lets CUDA forget the memory, when all copies from and to it have ended: before it is unmapped, while runs that are
+  // over may still be kept. It is not locked again.
+  void unlock();
 
   std::unique_ptr<CopyLane> borrow_lane(int device);
   // `slots` are free when what is queued on the lane has passed.
@@ -86,6 +89,7 @@ class IoStaging {
   std::vector<std::uint32_t> given_up_;
   std::vector<std::unique_ptr<CopyLane>> lanes_;
   std::vector<Parked> parked_;
+  std::vector<const CopyLane*> lent_;
   int locked_on_ = -1;  // the GPU whose context page-locked the memory
   bool tried_to_lock_ = false;
 };

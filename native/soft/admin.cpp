@@ -64,16 +64,15 @@ std::uint16_t Admin::send(Worker& worker, const nvme::Sqe& sqe, const std::byte*
                           std::uint64_t wanted) {
   if (wanted > device_.most_bytes) return refuse(nvme::kStatusInvalidField);
   // By what was asked for, also where there is less: it decides whether PRP2 is a page or a list.
-  const std::uint16_t status =
-      resolve_prps(worker.dma(), sqe.prp1, sqe.prp2, wanted, device_.page_bytes, true, segments_);
+  const std::uint16_t status = data_.find(worker.dma(), sqe.prp1, sqe.prp2, wanted, device_.page_bytes, true);
   if (status != nvme::kStatusSuccess) return status;
-  for (const iovec& segment : segments_) {
+  for (const iovec& segment : data_.segments()) {
     const std::uint64_t now = std::min<std::uint64_t>(segment.iov_len, nbytes);
     std::memcpy(segment.iov_base, data, now);
     data += now;
     nbytes -= now;
   }
-  return nvme::kStatusSuccess;
+  return data_.is_device() ? data_.deliver(worker.dma()) : nvme::kStatusSuccess;
 }
 
 std::uint16_t Admin::identify_command(Worker& worker, const nvme::Sqe& sqe) {

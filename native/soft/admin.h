@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "command_data.h"
 #include "device.h"
 #include "feature_values.h"
-#include "prp_walk.h"
 
 namespace gpunvme::soft {
 
@@ -64,7 +64,7 @@ class Admin {
 
   Device& device_;
   Features features_;
-  Segments segments_;
+  CommandData data_;
   std::vector<std::byte> page_;
   std::vector<Deletion> deletions_;
   std::atomic<bool> deleting_{false};  // there are some

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <stdexcept>
+#include <utility>
 
 namespace gpunvme::soft {
 namespace {
@@ -193,6 +194,12 @@ void Controller::map(std::uint64_t iova, std::uint64_t nbytes, void* address, bo
   device_.iova.map(iova, nbytes, address, readable, writable);
 }
 
+void Controller::map_device(std::uint64_t iova, std::uint64_t nbytes, std::uint64_t address, bool readable,
+                            bool writable, std::shared_ptr<DeviceMemory> device) {
+  if (device == nullptr) throw std::invalid_argument("memory of a device is mapped with the device");
+  device_.iova.map(iova, nbytes, reinterpret_cast<void*>(address), readable, writable, std::move(device));
+}
+
 void Controller::unmap(std::uint64_t iova, std::uint64_t nbytes) { device_.iova.unmap(iova, nbytes); }
 
 void Controller::set_interrupt(std::uint32_t vector, int eventfd) {
@@ -215,6 +222,9 @@ std::map<std::string, std::uint64_t> Controller::stats() const {
   std::map<std::string, std::uint64_t> result;
   for (std::size_t i = 0; i < kCounts; ++i) result[kCountNames[i]] = device_.total(static_cast<Count>(i));
   result["dma_faults"] = device_.iova.refused();
+  result["device_copies"] = device_.iova.device_copies();
+  result["device_copied_bytes"] = device_.iova.device_bytes();
+  result["device_copy_errors"] = device_.iova.device_errors();
   result["interrupts"] = device_.interrupts.signalled();
   for (std::size_t i = 0; i < kFaults; ++i) {
     result["fault." + std::string(fault_name(static_cast<Fault>(i)))] =

@@ -41,6 +41,9 @@ class Controller {
 
   // Host memory for DMA. Whole pages of 4096 bytes; throws std::invalid_argument. After `unmap` nothing touches it.
   void map(std::uint64_t iova, std::uint64_t nbytes, void* address, bool readable, bool writable);
+  // Memory of another device: `address` is what `device` knows it by. An emulation, see device_memory.h.
+  void map_device(std::uint64_t iova, std::uint64_t nbytes, std::uint64_t address, bool readable, bool writable,
+                  std::shared_ptr<DeviceMemory> device);
   void unmap(std::uint64_t iova, std::uint64_t nbytes);
   std::vector<IovaTable::Fault> dma_faults() const { return device_.iova.faults(); }
 

@@ -75,7 +75,7 @@ std::uint16_t IoCommands::find_range(const nvme::Sqe& sqe, Range& range) const {
 std::uint16_t IoCommands::find_data(const nvme::Sqe& sqe, std::uint64_t nbytes, bool write) {
   if (nbytes > device_.most_bytes) [[unlikely]]
     return refuse(nvme::kStatusInvalidField);
-  return resolve_prps(dma_, sqe.prp1, sqe.prp2, nbytes, device_.page_bytes, write, segments_);
+  return data_.find(dma_, sqe.prp1, sqe.prp2, nbytes, device_.page_bytes, write);
 }
 
 void IoCommands::count_read(std::uint64_t nbytes) {
@@ -92,27 +92,35 @@ std::uint16_t IoCommands::read(const nvme::Sqe& sqe, const Ticket& ticket) {
   }
   if (memory_ != nullptr) {
     const std::byte* from = memory_ + range.offset;
-    for (const iovec& segment : segments_) {
+    for (const iovec& segment : data_.segments()) {
       std::memcpy(segment.iov_base, from, segment.iov_len);
       from += segment.iov_len;
     }
     counters_.add(Count::kCopiedBytes, range.nbytes);
-    count_read(range.nbytes);
-    return nvme::kStatusSuccess;
+    return deliver(range.nbytes);
   }
   Backend& image = *device_.backend;
-  const std::uint64_t cached = image.read_cached(segments_.data(), segments_.size(), range.offset, range.nbytes);
+  const std::uint64_t cached =
+      image.read_cached(data_.segments().data(), data_.segments().size(), range.offset, range.nbytes);
   counters_.add(Count::kCopiedBytes, cached);
   if (cached < range.nbytes) {
-    if (ring_.usable() && ring_.room() > 0) {
-      ring_.read(ticket, segments_, range.offset, range.nbytes, cached, dma_.generation());
+    if (!data_.is_device() && ring_.usable() && ring_.room() > 0) {
+      ring_.read(ticket, data_.segments(), range.offset, range.nbytes, cached, dma_.generation());
       return kPending;
     }
-    const int error = image.read(segments_.data(), segments_.size(), range.offset, range.nbytes);
+    const int error = image.read(data_.segments().data(), data_.segments().size(), range.offset, range.nbytes);
     if (error != 0) return read_status(error);
     counters_.add(Count::kCopiedBytes, range.nbytes - cached);
   }
-  count_read(range.nbytes);
+  return deliver(range.nbytes);
+}
+
+// A read has its data, which may have to go to a device yet.
+std::uint16_t IoCommands::deliver(std::uint64_t nbytes) {
+  if (data_.is_device()) [[unlikely]] {
+    if (const auto status = data_.deliver(dma_); status != nvme::kStatusSuccess) return status;
+  }
+  count_read(nbytes);
   return nvme::kStatusSuccess;
 }
 
@@ -144,7 +152,8 @@ std::uint16_t IoCommands::write(const nvme::Sqe& sqe) {
   // Without a write cache, or with it switched off, data is on the media when the command completes
   // (Base 2.0, 5.27.1.4).
   const bool durable = (sqe.cdw12 & nvme::kRwFua) != 0 || !device_.write_cache.load(std::memory_order_relaxed);
-  const int error = device_.backend->write(segments_.data(), segments_.size(), range.offset, range.nbytes, durable);
+  const int error =
+      device_.backend->write(data_.segments().data(), data_.segments().size(), range.offset, range.nbytes, durable);
   if (error != 0) return write_status(error);
   if (durable && memory_ == nullptr) counters_.add(Count::kFsyncs);
   counters_.add(Count::kCopiedBytes, range.nbytes);
@@ -195,7 +204,7 @@ std::uint16_t IoCommands::dataset_management(const nvme::Sqe& sqe) {
   }
   nvme::DsmRange ranges[nvme::kDsmRangesMost];
   auto* to = reinterpret_cast<std::byte*>(ranges);
-  for (const iovec& segment : segments_) {
+  for (const iovec& segment : data_.segments()) {
     std::memcpy(to, segment.iov_base, segment.iov_len);
     to += segment.iov_len;
   }
@@ -221,7 +230,7 @@ std::uint16_t IoCommands::compare(const nvme::Sqe& sqe) {
   if (const auto status = find_data(sqe, range.nbytes, false); status != nvme::kStatusSuccess) return status;
   scratch_.resize(kScratchBytes);
   std::uint64_t offset = range.offset;
-  for (const iovec& segment : segments_) {
+  for (const iovec& segment : data_.segments()) {
     for (std::uint64_t done = 0; done < segment.iov_len;) {
       const std::uint64_t now = std::min(segment.iov_len - done, kScratchBytes);
       const iovec into{scratch_.data(), now};

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "command_data.h"
 #include "device.h"
 #include "file_ring.h"
 
@@ -47,6 +48,7 @@ class IoCommands {
   std::uint16_t verify(const nvme::Sqe& sqe);
 
   void count_read(std::uint64_t nbytes);
+  std::uint16_t deliver(std::uint64_t nbytes);
   int sync();
 
   Device& device_;
@@ -54,7 +56,7 @@ class IoCommands {
   Counters& counters_;
   std::byte* const memory_;
   FileRing ring_;
-  Segments segments_;
+  CommandData data_;
   std::vector<std::byte> scratch_;
 };
 

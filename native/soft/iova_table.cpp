@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 
 namespace gpunvme::soft {
 namespace {
@@ -65,7 +66,8 @@ void IovaTable::reclaim() {
   while (!retired_.empty() && retired_.front()->generation < oldest) retired_.pop_front();
 }
 
-void IovaTable::map(std::uint64_t iova, std::uint64_t nbytes, void* address, bool readable, bool writable) {
+void IovaTable::map(std::uint64_t iova, std::uint64_t nbytes, void* address, bool readable, bool writable,
+                    std::shared_ptr<DeviceMemory> device) {
   check_range(iova, nbytes);
   if (reinterpret_cast<std::uintptr_t>(address) % kPage != 0) {
     throw std::invalid_argument(describe(iova, nbytes) + ": the memory does not begin at a page");
@@ -80,7 +82,7 @@ void IovaTable::map(std::uint64_t iova, std::uint64_t nbytes, void* address, boo
   if (hits_next || hits_previous) {
     throw std::invalid_argument(describe(iova, nbytes) + ": some of it is mapped already; unmap that first");
   }
-  mappings.insert(place, {iova, nbytes, static_cast<std::byte*>(address), readable, writable});
+  mappings.insert(place, {iova, nbytes, static_cast<std::byte*>(address), readable, writable, std::move(device)});
   publish(std::move(mappings));
   reclaim();
 }
@@ -116,8 +118,17 @@ void IovaTable::unmap(std::uint64_t iova, std::uint64_t nbytes) {
 }
 
 void IovaTable::refuse(std::uint64_t iova, std::uint64_t nbytes, bool write) {
-  const std::lock_guard lock(faults_mutex_);
   refused_.fetch_add(1, std::memory_order_relaxed);
+  record(iova, nbytes, write);
+}
+
+void IovaTable::copy_failed(std::uint64_t iova, std::uint64_t nbytes, bool write) {
+  device_errors_.fetch_add(1, std::memory_order_relaxed);
+  record(iova, nbytes, write);
+}
+
+void IovaTable::record(std::uint64_t iova, std::uint64_t nbytes, bool write) {
+  const std::lock_guard lock(faults_mutex_);
   if (faults_.size() == kFaultsKept) faults_.pop_front();
   faults_.push_back({iova, nbytes, write});
 }

@@ -1,4 +1,5 @@
-// What the controller may reach by DMA: a table from I/O virtual addresses to this process's memory, as an IOMMU's.
+// What the controller may reach by DMA: a table from I/O virtual addresses to this process's memory, or to that of
+// another device (device_memory.h), as an IOMMU's.
 //
 // Workers look things up without locks: they read an immutable snapshot. Whoever unmaps publishes a new snapshot and
 // waits until every worker has announced that it is done with what it did by older ones. An access that the table does
@@ -14,6 +15,8 @@
 #include <mutex>
 #include <vector>
 
+#include "device_memory.h"
+
 namespace gpunvme::soft {
 
 class IovaTable {
@@ -23,9 +26,14 @@ class IovaTable {
   struct Mapping {
     std::uint64_t iova;
     std::uint64_t nbytes;
-    std::byte* address;
-    bool readable;  // by the controller
+    std::byte* address;  // of this process, or of `device`
+    bool readable;       // by the controller
     bool writable;
+    std::shared_ptr<DeviceMemory> device;  // null: memory of this process
+
+    // The same for its CPU, which touches no memory of a device. Members of their own: they are looked at all the time.
+    bool cpu_reads = readable && device == nullptr;
+    bool cpu_writes = writable && device == nullptr;
   };
 
   struct Snapshot {
@@ -73,7 +81,8 @@ class IovaTable {
   Reader& add_reader();
 
   // Throws std::invalid_argument: not page-aligned, empty, wraps around, or overlaps what is mapped.
-  void map(std::uint64_t iova, std::uint64_t nbytes, void* address, bool readable, bool writable);
+  void map(std::uint64_t iova, std::uint64_t nbytes, void* address, bool readable, bool writable,
+           std::shared_ptr<DeviceMemory> device = nullptr);
   // Removes every mapping inside the range. Returns when no access to it is in flight or can start. Throws
   // std::invalid_argument where nothing is mapped there, or where a mapping would be split.
   void unmap(std::uint64_t iova, std::uint64_t nbytes);
@@ -83,12 +92,23 @@ class IovaTable {
 
   void refuse(std::uint64_t iova, std::uint64_t nbytes, bool write);
   std::uint64_t refused() const { return refused_.load(std::memory_order_relaxed); }
-  std::vector<Fault> faults() const;  // the latest kFaultsKept
+  std::vector<Fault> faults() const;  // the latest kFaultsKept, of copies that failed, too
+
+  // Copies from or to memory of a device, and those that failed.
+  void count_copy(std::uint64_t nbytes) {
+    device_copies_.fetch_add(1, std::memory_order_relaxed);
+    device_bytes_.fetch_add(nbytes, std::memory_order_relaxed);
+  }
+  void copy_failed(std::uint64_t iova, std::uint64_t nbytes, bool write);
+  std::uint64_t device_copies() const { return device_copies_.load(std::memory_order_relaxed); }
+  std::uint64_t device_bytes() const { return device_bytes_.load(std::memory_order_relaxed); }
+  std::uint64_t device_errors() const { return device_errors_.load(std::memory_order_relaxed); }
 
   static constexpr std::size_t kFaultsKept = 256;
 
  private:
   void publish(std::vector<Mapping> mappings);
+  void record(std::uint64_t iova, std::uint64_t nbytes, bool write);
   std::uint64_t oldest_announced() const;
   void reclaim();
 
@@ -100,6 +120,9 @@ class IovaTable {
   mutable std::mutex faults_mutex_;
   std::deque<Fault> faults_;
   std::atomic<std::uint64_t> refused_{0};
+  std::atomic<std::uint64_t> device_copies_{0};
+  std::atomic<std::uint64_t> device_bytes_{0};
+  std::atomic<std::uint64_t> device_errors_{0};
 };
 
 }  // namespace gpunvme::soft

@@ -125,6 +125,10 @@ std::uint32_t Worker::fetch(SubmissionQueue& sq) {
   for (std::uint32_t i = 0; i < count; ++i) {
     const std::byte* const entry = sq.memory.entry(dma_, head, false);
     if (entry == nullptr) [[unlikely]] {
+      if (dma_.is_device() && copy_entries(sq, head, i, count)) {
+        head = (head + count - i) % sq.entries;
+        break;
+      }
       device_.fail();  // commands that cannot be fetched cannot be completed with an error either
       return 0;
     }
@@ -135,6 +139,18 @@ std::uint32_t Worker::fetch(SubmissionQueue& sq) {
   // Release: the copies are made before a completion's SQHD says so.
   sq.head.store(head, std::memory_order_release);
   return count;
+}
+
+// Fetches entries `done` to `count` of a batch from memory of a device: as few copies as the queue's end and its pages
+// allow.
+bool Worker::copy_entries(const SubmissionQueue& sq, std::uint32_t head, std::uint32_t done, std::uint32_t count) {
+  while (done < count) {
+    const std::uint32_t now = sq.memory.run(head, count - done);
+    if (!dma_.read(sq.memory.iova(head), &batch_[done], now * sizeof(nvme::Sqe))) return false;
+    done += now;
+    head = (head + now) % sq.entries;
+  }
+  return true;
 }
 
 // Is this a tail that a host may write after `sq.tail`? One that is not is reported, once.

@@ -35,6 +35,7 @@ class Worker final : public Admin::Worker {
 
   unsigned serve(SubmissionQueue& sq);
   std::uint32_t fetch(SubmissionQueue& sq);
+  bool copy_entries(const SubmissionQueue& sq, std::uint32_t head, std::uint32_t done, std::uint32_t count);
   bool accept_tail(SubmissionQueue& sq, std::uint32_t tail, std::uint32_t head);
   void execute(SubmissionQueue& sq, const nvme::Sqe& sqe);
   void execute_admin(SubmissionQueue& sq, const nvme::Sqe& sqe);
@@ -45,6 +46,7 @@ class Worker final : public Admin::Worker {
   void finish_badly(SubmissionQueue& sq, const Completion& completion, Decision decision);
   void post(SubmissionQueue& sq, const Completion& completion);
   bool write_entry(CompletionQueue& cq, const Completion& completion, std::uint16_t sq_head, Decision decision = {});
+  bool copy_entry(std::uint64_t iova, const std::uint32_t (&words)[4], Decision decision);
   void queue_up(CompletionQueue& cq, const Completion& completion);
   void signal(CompletionQueue& cq);
   bool refresh_head(CompletionQueue& cq);

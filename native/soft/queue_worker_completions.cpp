@@ -103,7 +103,7 @@ void Worker::post(SubmissionQueue& sq, const Completion& completion) {
 bool Worker::write_entry(CompletionQueue& cq, const Completion& completion, std::uint16_t sq_head, Decision decision) {
   const std::uint32_t tail = cq.tail.load(std::memory_order_relaxed);
   std::byte* const entry = cq.memory.entry(dma_, tail, true);
-  if (entry == nullptr) [[unlikely]] {
+  if (entry == nullptr && !dma_.is_device()) [[unlikely]] {
     device_.fail();
     return false;
   }
@@ -112,7 +112,12 @@ bool Worker::write_entry(CompletionQueue& cq, const Completion& completion, std:
     return completion.cid | std::uint32_t{completion.status} << 17 | std::uint32_t{phase} << 16;
   };
   const std::uint64_t result = completion.dw0;
-  if (!decision.any()) [[likely]] {
+  if (entry == nullptr) [[unlikely]] {
+    if (!copy_entry(cq.memory.iova(tail), {completion.dw0, 0, word2, word3(cq.phase)}, decision)) {
+      device_.fail();
+      return false;
+    }
+  } else if (!decision.any()) [[likely]] {
     std::memcpy(entry, &result, sizeof result);
     // DW2 and DW3 in one store, the last one. Release: data and DW0 are visible to whoever sees the phase tag.
     std::atomic_ref<std::uint64_t>(*reinterpret_cast<std::uint64_t*>(entry + 8))
@@ -133,6 +138,17 @@ bool Worker::write_entry(CompletionQueue& cq, const Completion& completion, std:
   cq.posted.store(cq.posted.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
   if (cq.interrupts) cq.signal.store(true, std::memory_order_relaxed);
   return true;
+}
+
+// The same in memory of a device. The data of the command was copied before, and copies do not overtake each other: who
+// sees the entry finds the data. One copy of 16 bytes, aligned to that, is taken to arrive as a whole.
+bool Worker::copy_entry(std::uint64_t iova, const std::uint32_t (&words)[4], Decision decision) {
+  if (!decision.any()) return dma_.write(iova, words, sizeof words);
+  if (!dma_.write(iova, words, 12)) return false;
+  const std::uint32_t stale = words[3] ^ 1u << 16;
+  if (decision.has(Fault::kStalePhase) && !dma_.write(iova + 12, &stale, 4)) return false;
+  pause_for(kTornFor);
+  return dma_.write(iova + 12, &words[3], 4);
 }
 
 void Worker::queue_up(CompletionQueue& cq, const Completion& completion) {

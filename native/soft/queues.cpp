@@ -1,5 +1,6 @@
 #include "queues.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace gpunvme::soft {
@@ -33,6 +34,18 @@ std::byte* QueueMemory::find(Dma& dma, std::uint32_t index, bool write) {
   }
   const std::uint64_t page = pages_[offset / page_bytes_];
   return dma.at(page + offset % page_bytes_, entry_bytes_, write, &available);
+}
+
+std::uint64_t QueueMemory::iova(std::uint32_t index) const {
+  const std::uint64_t offset = std::uint64_t{index} * entry_bytes_;
+  return pages_.empty() ? base_ + offset : pages_[offset / page_bytes_] + offset % page_bytes_;
+}
+
+std::uint32_t QueueMemory::run(std::uint32_t index, std::uint32_t most) const {
+  const std::uint32_t left = std::min(most, entries_ - index);
+  if (pages_.empty()) return left;
+  const auto in_page = static_cast<std::uint32_t>(page_bytes_ / entry_bytes_);
+  return std::min(left, in_page - index % in_page);
 }
 
 void CompletionQueue::clear() {

@@ -28,13 +28,17 @@ class QueueMemory {
   void reset(std::vector<std::uint64_t> pages, std::uint64_t page_bytes, std::uint32_t entries,
              std::uint32_t entry_bytes);
 
-  // Entry `index` in this process; null where DMA was refused.
+  // Entry `index` in this process; null where it is a device's (dma.is_device()), or DMA was refused.
   std::byte* entry(Dma& dma, std::uint32_t index, bool write) {
     // The whole queue in one mapping, as it is as a rule: one addition.
     if (generation_ == dma.generation() && whole_ != nullptr) [[likely]]
       return whole_ + index * entry_bytes_;
     return find(dma, index, write);
   }
+
+  // Its IOVA, and how many of `most` entries lie behind each other from there.
+  std::uint64_t iova(std::uint32_t index) const;
+  std::uint32_t run(std::uint32_t index, std::uint32_t most) const;
 
  private:
   std::byte* find(Dma& dma, std::uint32_t index, bool write);

@@ -28,21 +28,21 @@ using gpunvme::soft::Options;
 inline constexpr std::chrono::seconds kDeadline{60};
 
 // Host memory, mapped for the controller at addresses that have nothing to do with this process's.
-class Memory {
+class ClientMemory {
  public:
   static constexpr std::uint64_t kIova = 0x7000'0000'0000;
 
-  Memory(Controller& controller, std::uint64_t nbytes) : controller_(controller), nbytes_(nbytes) {
+  ClientMemory(Controller& controller, std::uint64_t nbytes) : controller_(controller), nbytes_(nbytes) {
     void* const memory = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     CHECK(memory != MAP_FAILED);
     address_ = static_cast<std::byte*>(memory);
     controller.map(kIova, nbytes, address_, true, true);
   }
-  ~Memory() {
+  ~ClientMemory() {
     controller_.unmap(kIova, nbytes_);
     munmap(address_, nbytes_);
   }
-  Memory(const Memory&) = delete;
+  ClientMemory(const ClientMemory&) = delete;
 
   // An address as the controller sees it.
   std::uint64_t allocate(std::uint64_t nbytes, std::uint64_t align = 4096) {
@@ -261,7 +261,7 @@ class Client {
 
   Options options;
   Controller controller;
-  Memory memory;
+  ClientMemory memory;
   Pair admin;
   std::uint32_t mps = 0;
 };

@@ -259,6 +259,44 @@ TEST(what_was_read_before_a_reset_is_copied) {
   c.check();
 }
 
+// The driver unmaps staging memory when it closes, whoever keeps a transfer that is over, and the staging with it.
+TEST(unlocking_waits_for_copies_and_lets_cuda_forget_the_memory) {
+  Case c(65536);
+  {
+    DeviceMemory memory(0, 128 * kKiB);
+    c.fake.set_copy_time(3000, 0, 0, 1);
+    auto lent = c.run();
+    lent->add_range(0, 128, IoMemory::gpu(memory.address(), 128 * kKiB, 0), 0);
+    {
+      const auto dropped = c.run();
+      dropped->add_range(128, 128, IoMemory::gpu(memory.address(), 128 * kKiB, 0), 65536);
+      while (c.fake.calls("cuMemcpyHtoDAsync") < 1) {
+        dropped->drive(0);
+        c.device.step();
+      }
+    }
+    // Longer than the other one, so that waiting for that is not enough.
+    c.fake.set_copy_time(30000, 0, 0, 1);
+    while (c.fake.calls("cuMemcpyHtoDAsync") < 2) {
+      lent->drive(0);
+      c.device.step();
+    }
+    // One lane is parked, one is lent; copies of both are under way. The fake ends a program that unlocks too early.
+    CHECK(c.fake.counters().pending_operations > 0u);
+    CHECK(c.staging->page_locked());
+    c.staging->unlock();
+    CHECK_EQ(c.fake.counters().pending_operations, 0u);
+    CHECK_EQ(c.fake.counters().page_locked_bytes, c.before.page_locked_bytes);
+    CHECK(!c.staging->page_locked());
+    c.staging->unlock();
+    lent.reset();
+    // Nothing locks it again.
+    c.staging->page_lock(0);
+    CHECK_EQ(c.fake.counters().page_locked_bytes, c.before.page_locked_bytes);
+  }
+  c.check();
+}
+
 TEST(where_page_locking_is_refused_copies_work_all_the_same) {
   Case c;
   c.fake.set_page_lock_limit(0);

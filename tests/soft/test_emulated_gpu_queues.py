@@ -1,4 +1,4 @@
-"""The tests of GPU queues on the emulated GPU, in a process of their own: they need no GPU, and run wherever CI does.
+"""The tests of GPU queues on the emulated GPU, in processes of their own: they need no GPU, and run wherever CI does.
 
 If this failed, kernels would do wrong on a GPU what can be seen on none before: the warps are real, only slow.
 """
@@ -17,19 +17,24 @@ import pytest
 
 import files
 
-_SECONDS = 280  # for all of it, on a machine that does other things too
-CASES = Path(__file__).parent.parent / "gpu" / "test_gpu_queues.py"
+_SECONDS = 280  # for each file, on a machine that does other things too
+GPU_TESTS = Path(__file__).parent.parent / "gpu"
+CASES = [
+    (file, case)
+    for file in ("test_gpu_queues.py", "test_gpu_placements.py")
+    for case in re.findall(r"^def (test_\w+)", (GPU_TESTS / file).read_text(), re.MULTILINE)
+]
 
 
 @functools.cache
-def outcomes() -> tuple[dict[str, list[ElementTree.Element]], str]:
+def outcomes(file: str) -> tuple[dict[str, list[ElementTree.Element]], str]:
     """What pytest says of each case, and all that it printed."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
         command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short"]
         command.append("--capture=sys")  # what libcuda says before it aborts is not to be lost
         environment = {"GPUNVME_FAKE_CUDA_KERNELS": "1"}
-        child = files.run([*command, f"--junitxml={report}", CASES], timeout=_SECONDS, env=environment)
+        child = files.run([*command, f"--junitxml={report}", GPU_TESTS / file], timeout=_SECONDS, env=environment)
         said = f"ended with {child.returncode}\n{child.stdout}\n{child.stderr}"
         cases: dict[str, list[ElementTree.Element]] = {}
         if report.exists():
@@ -39,11 +44,11 @@ def outcomes() -> tuple[dict[str, list[ElementTree.Element]], str]:
 
 
 @pytest.mark.timeout(_SECONDS + 10)
-@pytest.mark.parametrize("case", re.findall(r"^def (test_\w+)", CASES.read_text(), re.MULTILINE))
-def test_on_the_emulated_gpu(case: str) -> None:
+@pytest.mark.parametrize(("file", "case"), CASES)
+def test_on_the_emulated_gpu(file: str, case: str) -> None:
     if not os.environ.get("GPUNVME_FAKE_LIBCUDA"):
         pytest.skip("no libcuda for tests: run `make native-plain`, or name it in GPUNVME_FAKE_LIBCUDA")
-    cases, said = outcomes()
+    cases, said = outcomes(file)
     assert case in cases, said
     skipped = [each.find("skipped") for each in cases[case]]
     wrong = [each for each, skip in zip(cases[case], skipped, strict=True) if skip is None and len(each)]

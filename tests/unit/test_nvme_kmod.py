@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gpunvme import nvme
 from gpunvme.errors import TransportError
+from gpunvme.gpu import driver
+from gpunvme.nvme import kmod
 from gpunvme.nvme import kmod_uapi as uapi
+from gpunvme.nvme.dma import DmaMemory
+from gpunvme.nvme.gpu_memory import GPU_PAGE, GpuTransport
 
 HEADER = Path(__file__).resolve().parents[2] / "kmod" / "gpunvme_uapi.h"
 STRUCTURES = {"info": uapi.Info, "map": uapi.Map, "unmap": uapi.Unmap, "vector": uapi.Vector}
@@ -59,3 +65,59 @@ def test_who_has_no_module_is_told_how_to_get_it(tmp_path):
 def test_another_device_is_not_taken_for_one():
     with pytest.raises(TransportError, match="no device of gpunvme's kernel module"):
         nvme.open("kmod:/dev/null")
+
+
+class _Module(kmod.KmodTransport):
+    """A device of the module whose dma-bufs end here."""
+
+    def __init__(self, flags: int) -> None:
+        self.gpu_access = kmod._gpu_access(uapi.Info.new(flags=flags))
+        self.asked: list[tuple[int, ...]] = []
+        self.closed = 0
+
+    def map_dmabuf(self, fd, offset, nbytes, address=0, writable=True):
+        os.fstat(fd)
+        self.asked.append((fd, offset, nbytes, address, writable))
+        iovas = np.arange(nbytes // 4096, dtype=np.uint64) * 4096 + (7 << 32)
+
+        def release():
+            self.closed += 1
+
+        return DmaMemory(address, nbytes, iovas, release)
+
+
+def test_gpu_memory_is_mapped_by_a_dma_buf_of_it(monkeypatch):
+    """What a drive would be told to write to is what the GPU exported, and its descriptor is not kept."""
+    made = []
+
+    class Exporter:
+        def __init__(self, device):
+            self.device = device
+
+        def export(self, address, nbytes):
+            made.append((self.device, address, nbytes, os.open("/dev/null", os.O_RDONLY)))
+            return made[-1][3]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(driver, "Gpu", Exporter)
+    transport = _Module(uapi.INFO_DMABUF)
+    assert transport.gpu_access.kind == "direct"
+    assert isinstance(transport, GpuTransport)
+    memory = transport.map_gpu(3 * GPU_PAGE, 2 * GPU_PAGE, 1)
+    device, address, nbytes, fd = made[0]
+    assert (device, address, nbytes) == (1, 3 * GPU_PAGE, 2 * GPU_PAGE)
+    assert transport.asked == [(fd, 0, nbytes, address, True)]
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(fd)
+    assert (memory.address, memory.device, memory.iova(4096)) == (address, 1, (7 << 32) + 4096)
+    memory.close()
+    memory.close()
+    assert transport.closed == 1
+    with pytest.raises(ValueError, match="whole pages"):
+        transport.map_gpu(4096, GPU_PAGE, 0)
+
+
+def test_a_module_without_dma_bufs_maps_no_gpu_memory():
+    assert _Module(uapi.INFO_IOMMU).gpu_access.kind == "none"

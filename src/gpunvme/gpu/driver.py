@@ -54,7 +54,10 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
 }
 _NOT_READY = 600
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_WRITES_ORDERING = 118  # CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING
+ORDERED_FOR_OWNER = 100  # CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER
 _HOST_PORTABLE_MAPPED = 3
+_DMA_BUF = 1  # CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD
 _REGISTER_IOMEMORY = 4
 _NON_BLOCKING = 1
 _DISABLE_TIMING = 2
@@ -148,6 +151,16 @@ class Gpu:
         call("cuDeviceGetAttribute", byref(value), attribute, self._device)
         return value.value
 
+    def writes_ordering(self) -> int:
+        """For whom what others write into this GPU's memory is ordered: 0 nobody, 100 its own kernels, 200 every GPU.
+
+        ``CUGPUDirectRDMAWritesOrdering`` of the CUDA driver API. 0, too, where the driver does not know.
+        """
+        try:
+            return self._attribute(_WRITES_ORDERING)
+        except CudaError:
+            return 0
+
     @contextmanager
     def current(self) -> Iterator[None]:
         """Make the context this thread's for a while."""
@@ -200,6 +213,27 @@ class Gpu:
         """Undo `register`."""
         with self.current():
             call("cuMemHostUnregister", address)
+
+    def export(self, address: int, nbytes: int) -> int:
+        """A dma-buf of GPU memory, whole pages within one allocation: its file descriptor, to be closed.
+
+        Raises
+        ------
+        CudaError
+            If the driver or the GPU exports none.
+        """
+        function = "cuMemGetHandleForAddressRange"
+        try:
+            entry = getattr(libcuda(), function)
+        except AttributeError:
+            raise CudaError(f"the driver exports no GPU memory: it has no {function}; update it") from None
+        fd = c_int(-1)
+        with self.current():
+            # By its own types: the size is 64 bits, and the flags too (CUDA 11.7 and later).
+            result = entry(byref(fd), c_uint64(address), c_size_t(nbytes), c_int(_DMA_BUF), c_uint64(0))
+        if result:
+            raise CudaError(f"GPU memory cannot be exported: {_describe(libcuda(), function, result)}")
+        return fd.value
 
     def fill(self, address: int, nbytes: int, stream: int) -> None:
         """Zero GPU memory, in a stream's order."""

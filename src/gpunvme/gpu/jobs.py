@@ -18,7 +18,7 @@ from gpunvme.nvme.movement import describe_failures
 from gpunvme.transfer import Report
 
 if TYPE_CHECKING:
-    from gpunvme.gpu.queues import GpuQueues
+    from gpunvme.gpu.moves import Moves
 
 STATE_BYTES = 32  # JobState in kernels/job.cuh: what a launch counts, then the word that stops it
 _COUNTED_BYTES = 24
@@ -109,7 +109,7 @@ class KernelMovement:
     Parameters
     ----------
     queues
-        Whose kernels move it.
+        What launches it.
     room
         Its memory.
     launch
@@ -125,7 +125,7 @@ class KernelMovement:
 
     def __init__(
         self,
-        queues: GpuQueues,
+        queues: Moves,
         room: Room,
         launch: Callable[[bool], None],
         opcode: int,

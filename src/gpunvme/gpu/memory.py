@@ -12,8 +12,8 @@ import numpy as np
 
 from gpunvme.errors import CudaError
 from gpunvme.gpu.driver import Gpu
-from gpunvme.gpu.placement import MappedMemory
-from gpunvme.nvme.dma import DmaMemory, allocate_aligned
+from gpunvme.gpu.shared_memory import SharedAllocator, SharedMemory
+from gpunvme.nvme import spec
 from gpunvme.nvme.queues import QueuePair
 
 if TYPE_CHECKING:
@@ -26,37 +26,39 @@ _STREAM_BLOCKS = 64
 
 
 class Buffers:
-    """Equally large buffers in one stretch of host memory, each with the PRPs that describe it.
+    """Equally large buffers in one stretch of memory, each with the PRPs that describe it.
 
     Parameters
     ----------
-    gpu, controller
-        Who reaches them.
+    shared
+        Where they lie.
+    page
+        The controller's page size in bytes.
     count
         How many.
     nbytes
         Of each: a multiple of the controller's page, and few enough pages for a PRP list of one page.
     """
 
-    def __init__(self, gpu: Gpu, controller: Controller, count: int, nbytes: int) -> None:
-        page = controller.page_bytes
+    def __init__(self, shared: SharedAllocator, page: int, count: int, nbytes: int) -> None:
         self.nbytes = nbytes
-        self._lists: DmaMemory | None = None
-        self._memory = MappedMemory(gpu, allocate_aligned(controller.transport, count * nbytes, page))
+        self._lists: SharedMemory | None = None
+        self._memory = shared.data(count * nbytes)
         self.gpu_address = self._memory.gpu_address
         each = nbytes // page
         # IOVAs of the pages of each buffer, and of its list: the pages from the second on.
         self.pages = self._memory.memory.page_iovas(0, count * each, page).reshape(count, each)
         self.lists = np.zeros(count, np.uint64)
         if each > 2:
-            try:
-                self._lists = allocate_aligned(controller.transport, count * page, page)
-            except BaseException:
-                self._memory.close()
-                raise
-            self.lists = self._lists.page_iovas(0, count, page)
-            entries = np.frombuffer(self._lists.view(0, count * page), np.uint64).reshape(count, page // 8)
+            entries = np.zeros((count, page // 8), np.uint64)
             entries[:, : each - 1] = self.pages[:, 1:]
+            try:
+                self._lists = shared.data(count * page)
+                self._lists.write(entries)
+            except BaseException:
+                self.close()
+                raise
+            self.lists = self._lists.memory.page_iovas(0, count, page)
 
     def close(self) -> None:
         """Free them: only when neither the controller nor a kernel uses them."""
@@ -140,6 +142,8 @@ class QueueMemory:
         Of the buffer of each slot.
     layout
         Of a queue's state.
+    shared
+        Where queues and data lie.
     """
 
     def __init__(
@@ -151,22 +155,25 @@ class QueueMemory:
         slots: int,
         slot_bytes: int,
         layout: Layout,
+        shared: SharedAllocator,
     ) -> None:
         self._gpu = gpu
         self._keep = ExitStack()
         self.pairs: list[QueuePair] = []
-        self.entries: list[tuple[MappedMemory, MappedMemory]] = []
+        self.entries: list[tuple[SharedMemory, SharedMemory]] = []
         self.data: list[Buffers] = []
         count, page = len(queue_ids), controller.page_bytes
         try:
             for queue_id in queue_ids:
-                pair = QueuePair(queue_id, depth, controller.transport, controller._command, page)
-                self.pairs.append(pair)
-                submissions, completions = MappedMemory(gpu, pair.submissions), MappedMemory(gpu, pair.completions)
+                submissions = shared.queue(depth * spec.Sqe.SIZE)
                 self._keep.callback(submissions.close)
+                completions = shared.queue(depth * spec.Cqe.SIZE)
                 self._keep.callback(completions.close)
                 self.entries.append((submissions, completions))
-                buffers = Buffers(gpu, controller, slots, slot_bytes)
+                memory = submissions.memory, completions.memory
+                transport, command = controller.transport, controller._command
+                self.pairs.append(QueuePair(queue_id, depth, transport, command, page, memory))
+                buffers = Buffers(shared, page, slots, slot_bytes)
                 self._keep.callback(buffers.close)
                 self.data.append(buffers)
             # Behind each other: every queue's state (looked at by the host), the handles, the addresses of pages.
@@ -217,8 +224,6 @@ class QueueMemory:
     def free(self) -> None:
         """Free everything: neither the controller nor a kernel uses it any more."""
         self._keep.close()
-        for pair in self.pairs:
-            pair.free()
 
 
 class StreamMemory:
@@ -232,17 +237,21 @@ class StreamMemory:
         Of the namespace.
     stream
         To bring the table to the GPU.
+    shared
+        Where data lies.
     """
 
     stages = 4  # buffers of each block of threads
 
-    def __init__(self, gpu: Gpu, controller: Controller, block_bytes: int, stream: int) -> None:
+    def __init__(
+        self, gpu: Gpu, controller: Controller, block_bytes: int, stream: int, shared: SharedAllocator
+    ) -> None:
         page = controller.page_bytes
         self.piece_blocks = max(1, min(_STREAM_PIECE_BYTES, controller.max_bytes) // block_bytes)
         nbytes = -(-self.piece_blocks * block_bytes // page) * page
         self.blocks = max(1, min(_STREAM_BLOCKS, _STREAM_BYTES // (self.stages * nbytes)))
         count = self.blocks * self.stages
-        self._buffers = buffers = Buffers(gpu, controller, count, nbytes)
+        self._buffers = buffers = Buffers(shared, page, count, nbytes)
         table = np.zeros((count, 4), np.uint64)  # StreamBuffer in kernels/stream.cu
         table[:, 0] = buffers.gpu_address + np.arange(count, dtype=np.uint64) * np.uint64(nbytes)
         table[:, 1] = buffers.pages[:, 0]

@@ -6,17 +6,18 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpunvme.errors import CudaError, DeadlineExceeded, NvmeError
+from gpunvme.gpu.doorbells import GpuDoorbells
 from gpunvme.gpu.driver import Gpu
 from gpunvme.gpu.memory import GpuMemory, Layout, QueueMemory
-from gpunvme.gpu.placement import GpuDoorbells
+from gpunvme.gpu.shared_memory import SharedAllocator
 
 if TYPE_CHECKING:
     from gpunvme.nvme.namespace import Namespace
@@ -33,8 +34,36 @@ _COUNTERS = ("completed", "unknown", "late", "bad_head")
 _abandoned: list[object] = []
 
 
+@dataclass(frozen=True, slots=True)
+class QueueShape:
+    """What queues are like.
+
+    Attributes
+    ----------
+    depth, slots
+        Entries of each, and commands in flight on each.
+    slot_bytes, piece_blocks
+        Size of a slot's buffer, and blocks of the largest command.
+    timeout
+        Of a command, in seconds.
+    """
+
+    depth: int
+    slots: int
+    slot_bytes: int
+    piece_blocks: int
+    timeout: float
+
+
+class Job(Protocol):
+    """A kernel's launch that uses the queues."""
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most so long for its end."""
+
+
 class QueueSet:
-    """Queue pairs that kernels of one GPU drive.
+    """Queue pairs that kernels of one GPU drive, in one placement; a guest of the controller.
 
     Parameters
     ----------
@@ -43,17 +72,18 @@ class QueueSet:
     kernels
         Handles of the kernels in kernels/queues.cu.
     queue_ids
-        Their numbers, taken from the controller.
-    depth, slots
-        Entries of each, and commands in flight on each.
-    slot_bytes, piece_blocks
-        Size of a slot's buffer, and blocks of the largest command.
-    timeout
-        Of a command, in seconds.
+        Their numbers, taken from the controller; given back with the queues.
+    shape
+        What they are like.
+    placement
+        Where their memory is: ``"host"``, ``"data"`` or ``"full"``.
     doorbell
         As for `GpuDoorbells`.
-    is_busy
-        Whether jobs are in flight: the watcher looks more often then.
+
+    Attributes
+    ----------
+    jobs
+        What is in flight; the watcher looks more often then.
     """
 
     def __init__(
@@ -62,41 +92,43 @@ class QueueSet:
         namespace: Namespace,
         kernels: dict[str, int],
         queue_ids: list[int],
+        shape: QueueShape,
         *,
-        depth: int,
-        slots: int,
-        slot_bytes: int,
-        piece_blocks: int,
-        timeout: float,
+        placement: str,
         doorbell: str,
-        is_busy: Callable[[], bool],
     ) -> None:
         self._gpu = gpu
         self._namespace = namespace
         self._controller = namespace.controller
         self._kernels = kernels
         self._queue_ids = queue_ids
-        self._depth, self._slots = depth, slots
-        self._slot_bytes, self._piece_blocks = slot_bytes, piece_blocks
-        self._timeout = timeout
-        self._is_busy = is_busy
+        self.shape = shape
+        self.placement = placement
+        self.jobs: set[Job] = set()
         self.process = os.getpid()
         self.gate = threading.Condition()  # launches wait here while queues are made anew
         self.looking = threading.Lock()  # one at a time uses our stream
         self._recovering = threading.RLock()
         self._ended = threading.Event()
+        self._closing = threading.Lock()
+        self.closed = False
         self._up = False
         self._dead: Exception | None = None
+        self._made: list[QueuePair] = []  # exist on the controller
         self.recoveries = 0
         self._watcher = threading.Thread(target=self._watch, name="gpunvme-gpu-queues", daemon=True)
         self.keep = ExitStack()  # whatever is to be freed with the queues, latest first
         try:
             self.stream = gpu.stream()
             self.keep.callback(gpu.destroy, stream=self.stream)
+            self.shared = SharedAllocator(gpu, self._controller, placement, self.stream)
+            depth, slots = shape.depth, shape.slots
             self._layout = Layout.ask(gpu, kernels["layout"], depth, slots, self.stream)
             self.doorbells = GpuDoorbells(gpu, self._controller, queue_ids, doorbell)
             self.keep.callback(self.doorbells.close)
-            self._memory = QueueMemory(gpu, self._controller, queue_ids, depth, slots, slot_bytes, self._layout)
+            self._memory = QueueMemory(
+                gpu, self._controller, queue_ids, depth, slots, shape.slot_bytes, self._layout, self.shared
+            )
             self.keep.callback(self._memory.free)
             self._memory.upload(self.stream)
             self._setups = GpuMemory(gpu, _SETUP_WORDS * 8 * len(queue_ids))
@@ -105,6 +137,7 @@ class QueueSet:
             self.keep.close()
             raise
         self.handle = self._memory.handles.address
+        self.count = len(queue_ids)
 
     def watch(self) -> None:
         """Begin to look after the queues, which the controller has made."""
@@ -152,8 +185,8 @@ class QueueSet:
         layout, found = self._layout, []
         for queue_id, state in zip(self._queue_ids, self._states(), strict=True):
             if self._stuck_on(state):
-                slots = state[layout.slots : layout.slots + self._slots * layout.slot_bytes]
-                words = slots.reshape(self._slots, layout.slot_bytes)[:, :8].copy().view(np.uint64).reshape(-1)
+                slots = state[layout.slots : layout.slots + self.shape.slots * layout.slot_bytes]
+                words = slots.reshape(self.shape.slots, layout.slot_bytes)[:, :8].copy().view(np.uint64).reshape(-1)
                 given_up = words[(words & np.uint64(layout.state_mask)) == layout.quarantined]
                 found += [(queue_id, int(word) >> layout.cid_shift & 0xFFFF) for word in given_up]
         return found
@@ -169,7 +202,7 @@ class QueueSet:
         return every
 
     def _watch(self) -> None:
-        while not self._ended.wait(_BUSY_LOOK if self._is_busy() else _IDLE_LOOK):
+        while not self._ended.wait(_BUSY_LOOK if self.jobs else _IDLE_LOOK):
             try:
                 self.recover()
             except (NvmeError, DeadlineExceeded, CudaError, ValueError) as error:
@@ -225,18 +258,24 @@ class QueueSet:
 
     def make_queues(self) -> None:
         """Make the queues, at first or after a reset."""
+        self._made = []  # whatever there was is gone
         if self._dead is not None:
             return
-        self._memory.zero()
+        try:
+            self._memory.zero()
+        except CudaError as error:
+            with self.gate:
+                self._dead = error
+                self.gate.notify_all()
+            return
         self.doorbells.forget()
-        made: list[QueuePair] = []
         try:
             for pair in self._memory.pairs:
                 pair.create()
-                made.append(pair)
+                self._made.append(pair)
         except BaseException:
-            for pair in made:
-                pair.remove()
+            while self._made:
+                self._made.pop().remove()
             raise
         dead: CudaError | None = None
         try:
@@ -251,14 +290,15 @@ class QueueSet:
     def _set_up(self) -> None:
         """Let the GPU write the queues' state as it is in the beginning."""
         memory, namespace, page = self._memory, self._namespace, self._controller.page_bytes
+        shape = self.shape
         words: list[int] = []
         for number, queue_id in enumerate(self._queue_ids):
             submissions, completions = memory.entries[number]
             words += [submissions.gpu_address, completions.gpu_address, *self.doorbells.addresses(queue_id)]
             words += [memory.state_at(number), memory.data[number].gpu_address]
             words += [memory.pages_at(number), memory.lists_at(number)]
-            words += [namespace.blocks, int(self._timeout * 1e9), self._depth, self._slots]
-            words += [page, self._slot_bytes // page, namespace.block_size, self._piece_blocks]
+            words += [namespace.blocks, int(shape.timeout * 1e9), shape.depth, shape.slots]
+            words += [page, shape.slot_bytes // page, namespace.block_size, shape.piece_blocks]
             words += [namespace.nsid, queue_id]
         count = len(self._queue_ids)
         with self.looking:
@@ -274,7 +314,7 @@ class QueueSet:
             self._up = False
         try:
             self._stop()
-            if not self._is_quiet(QUIET_SECONDS + self._timeout):
+            if not self._is_quiet(QUIET_SECONDS + self.shape.timeout):
                 raise DeadlineExceeded(
                     f"a kernel on cuda:{self._gpu.index} did not end when its queues were stopped; they cannot be used "
                     "again"
@@ -311,8 +351,8 @@ class QueueSet:
 
     # --- ending
 
-    def stop(self, timeout: float) -> bool:
-        """Let every kernel end; whether they did. The first half of closing, which happens once."""
+    def _end(self, timeout: float) -> bool:
+        """Let every kernel end; whether they did."""
         with self.gate:
             self._ended.set()
             self._up = False
@@ -331,19 +371,49 @@ class QueueSet:
             self.doorbells.stop()
         return quiet
 
-    def delete(self) -> bool:
+    def _delete(self) -> bool:
         """Delete the queues on the controller; whether it did. If not, it has to be disabled before memory is freed."""
         try:
-            for pair in self._memory.pairs:
+            for pair in self._made:
                 pair.remove()
         except (NvmeError, DeadlineExceeded):
             return False
         self._controller.give_queue_ids(self._queue_ids)
         return True
 
-    def abandon(self) -> None:
-        """Keep all memory until the process ends: a kernel may still touch it."""
-        _abandoned.append((self.keep.pop_all(), self._controller.transport))
+    def close(self, timeout: float = QUIET_SECONDS) -> None:
+        """Stop the queues, delete them, and free their memory. Does nothing the second time.
+
+        Parameters
+        ----------
+        timeout
+            Seconds that kernels may take to end.
+
+        Raises
+        ------
+        DeadlineExceeded
+            If a kernel does not end. The queues are then deleted on the controller, which does nothing more for them;
+            their memory stays reserved until the process ends.
+        """
+        with self._closing:
+            if self.closed or self.process != os.getpid():
+                return
+            self.closed = True
+        quiet = self._end(timeout)
+        for job in list(self.jobs):
+            job.wait(0)  # its kernel has ended: it takes what there is
+        deleted = self._delete()
+        if not quiet:
+            # Kept until the process ends: a kernel may still touch it.
+            _abandoned.append((self.keep.pop_all(), self._controller.transport))
+        if deleted:
+            self._controller.dismiss(self)
+            self.free()
+        if not quiet:
+            raise DeadlineExceeded(
+                f"a kernel on cuda:{self._gpu.index} still runs {timeout:.0f} s after its queues were stopped; their "
+                "memory stays reserved until the process ends"
+            )
 
     def free(self) -> None:
         """Free all memory: neither the controller nor a kernel uses it any more."""

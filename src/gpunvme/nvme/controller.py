@@ -189,7 +189,10 @@ class Controller:
             guest.free()
         for memory in self._buffers.values():
             memory.close()
-        # Page-locked for a GPU: CUDA has to forget it before its addresses can be anybody else's.
+        # Page-locked for a GPU: CUDA has to forget it before its addresses can be anybody else's, also where a transfer
+        # that somebody keeps still names it.
+        for staging in self._staging.values():
+            staging.unlock()
         self._staging.clear()
         for memory in self._staging_memory:
             memory.close()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gpunvme.errors import TransportError
 from gpunvme.nvme import kmod_uapi as uapi
 from gpunvme.nvme.dma import PAGE, DmaMemory
+from gpunvme.nvme.gpu_memory import GpuAccess, GpuDmaMemory, check_gpu_pages
 from gpunvme.nvme.vfio_group import LockedMemoryError, mapping_error
 from gpunvme.transfer import format_bytes
 
@@ -51,6 +52,7 @@ class KmodTransport:
             self._fd = _open(path)
             opened.callback(os.close, self._fd)
             self.info = _info(self._fd, self.uri)
+            self.gpu_access = _gpu_access(self.info)
             self._nbytes = int(self.info.mmap_nbytes)
             if self._nbytes < _DOORBELLS + 8:
                 raise TransportError(f"{self.uri}: only {self._nbytes} bytes of BAR0 can be mapped, no doorbells")
@@ -140,6 +142,30 @@ class KmodTransport:
         """
         return self._map(fd, offset, address, nbytes, writable)
 
+    def map_gpu(self, address: int, nbytes: int, device: int, writable: bool = True) -> GpuDmaMemory:
+        """Let the controller reach GPU memory, by a dma-buf of it; see `GpuTransport.map_gpu`.
+
+        Raises
+        ------
+        CudaError
+            If the GPU does not export it.
+        TransportError
+            If the exporter does not let this controller reach it.
+        """
+        from gpunvme.gpu.driver import Gpu
+
+        check_gpu_pages(address, nbytes)
+        gpu = Gpu(device)
+        try:
+            fd = gpu.export(address, nbytes)
+        finally:
+            gpu.close()
+        try:
+            mapped = self.map_dmabuf(fd, 0, nbytes, address, writable)
+        finally:
+            os.close(fd)
+        return GpuDmaMemory(address, nbytes, device, mapped.iovas, mapped.close)
+
     def _map(self, fd: int, start: int, address: int, nbytes: int, writable: bool) -> DmaMemory:
         self._check_open()
         units = np.zeros(nbytes // uapi.UNIT, np.uint64)
@@ -188,6 +214,12 @@ class KmodTransport:
         # The file is released with the last mapping of it.
         self._bar.close()
         os.close(self._fd)
+
+
+def _gpu_access(info: uapi.Info) -> GpuAccess:
+    if info.flags & uapi.INFO_DMABUF:
+        return GpuAccess("direct", "by dma-bufs, which the kernel module maps")
+    return GpuAccess("none", "the kernel module was built for a kernel that gives it no dma-bufs")
 
 
 def _joined(units: NDArray[np.uint64]) -> int | NDArray[np.uint64]:

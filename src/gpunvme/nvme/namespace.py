@@ -323,7 +323,7 @@ class Namespace:
             Entries of each queue, 2 to CAP.MQES + 1.
         placement
             ``"host"``: queues and data in host memory; ``"data"``: data in GPU memory; ``"full"``: queues too;
-            ``"auto"``: the highest that works here.
+            ``"auto"``: the highest that works here, emulations aside. `GpuQueues.reasons` says why not higher.
         doorbell
             ``"direct"``: the GPU rings doorbells itself; ``"forward"``: a host thread does it for it; ``"auto"``:
             directly where that works.

@@ -20,14 +20,25 @@ if TYPE_CHECKING:
 class QueuePair:
     """One I/O submission queue with the completion queue of the same number, and the memory of both.
 
-    Who drives them is someone else's matter.
+    Who drives them is someone else's matter. ``memory`` is that of both, where it is not to be allocated here.
     """
 
-    def __init__(self, queue_id: int, depth: int, transport: Transport, command: Command, page_bytes: int) -> None:
+    def __init__(
+        self,
+        queue_id: int,
+        depth: int,
+        transport: Transport,
+        command: Command,
+        page_bytes: int,
+        memory: tuple[DmaMemory, DmaMemory] | None = None,
+    ) -> None:
         self.queue_id = queue_id
         self.depth = depth
         self._command = command
         self._memory: list[DmaMemory] = []
+        if memory is not None:
+            self.submissions, self.completions = memory
+            return
         try:
             self.submissions = self._allocate(transport, depth * spec.Sqe.SIZE, page_bytes)
             self.completions = self._allocate(transport, depth * spec.Cqe.SIZE, page_bytes)
@@ -61,7 +72,7 @@ class QueuePair:
         self._command(spec.AdminOpcode.DELETE_IO_CQ, cdw=(self.queue_id,))
 
     def free(self) -> None:
-        """Free its memory: only when the controller has forgotten the queues."""
+        """Free the memory that was allocated here: only when the controller has forgotten the queues."""
         while self._memory:
             self._memory.pop().close()
 

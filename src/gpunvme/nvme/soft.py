@@ -11,6 +11,7 @@ from gpunvme import _native
 from gpunvme.errors import UriError
 from gpunvme.memory import address_of
 from gpunvme.nvme.dma import PAGE, DmaMemory, IovaSpace
+from gpunvme.nvme.gpu_memory import GPU_PAGE, GpuAccess, GpuDmaMemory, check_gpu_pages
 from gpunvme.nvme.uri import Uri
 from gpunvme.transfer import raise_native
 
@@ -47,6 +48,7 @@ class SoftTransport:
 
     maps_any_memory = True
     bounce_below = 0
+    gpu_access = GpuAccess("emulated", "emulated by the GPU's copy engine, which proves code, never speed")
 
     def __init__(self, uri: Uri) -> None:
         self.uri = uri.text
@@ -79,6 +81,25 @@ class SoftTransport:
             self._space.give(iova, nbytes)
 
         return DmaMemory(address, nbytes, iova, release)
+
+    def map_gpu(self, address: int, nbytes: int, device: int, writable: bool = True) -> GpuDmaMemory:
+        """Enter GPU memory into the controller's table; see `GpuTransport.map_gpu`.
+
+        The first time for a GPU, the controller makes what it copies with: call it before kernels run that wait.
+        """
+        check_gpu_pages(address, nbytes)
+        iova = self._space.take(nbytes, GPU_PAGE)
+        try:
+            self.controller.map_gpu(iova, nbytes, address, device, True, writable)
+        except _native.Failure as failure:
+            self._space.give(iova, nbytes)
+            raise_native(failure)
+
+        def release() -> None:
+            self.controller.unmap(iova, nbytes)
+            self._space.give(iova, nbytes)
+
+        return GpuDmaMemory(address, nbytes, device, iova, release)
 
     def reset(self) -> None:
         """Reset the function."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from gpunvme.nvme.dma import DmaMemory
+from gpunvme.nvme.gpu_memory import GpuAccess
 from gpunvme.nvme.uri import Uri, parse_uri
 
 
@@ -23,6 +24,8 @@ class Transport(Protocol):
         Whether `map` works: the controller can be given any memory of this process.
     bounce_below
         Transfers of fewer bytes are not worth mapping their memory: they pass through memory that is mapped already.
+    gpu_access
+        Whether the controller reaches GPU memory, and why not. Where it does, this is a `GpuTransport`, too.
     """
 
     uri: str
@@ -30,6 +33,7 @@ class Transport(Protocol):
     doorbells_nbytes: int
     maps_any_memory: bool
     bounce_below: int
+    gpu_access: GpuAccess
 
     def read_register(self, offset: int, nbytes: int) -> int:
         """Read 4 or 8 bytes of BAR0."""

@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 from gpunvme.errors import TransportError, UriError
 from gpunvme.nvme import vfio_uapi as uapi
 from gpunvme.nvme.dma import PAGE, DmaMemory, IovaSpace
+from gpunvme.nvme.gpu_memory import GpuAccess
 from gpunvme.nvme.iommufd import IommufdDevice, device_node
 from gpunvme.nvme.pinned import physical_addresses, pin
 from gpunvme.nvme.sysfs import Function, Machine, nvme_function
@@ -74,6 +75,8 @@ class VfioTransport:
         If it is no NVMe controller, is not bound to vfio-pci, shares its IOMMU group with devices in use, or cannot be
         opened: says what to do.
     """
+
+    gpu_access = GpuAccess("none", "VFIO gives a controller no address of GPU memory; that takes a kernel module")
 
     def __init__(
         self, bdf: str, *, noiommu: bool = False, prefer: Way = "auto", machine: Machine | None = None

@@ -10,6 +10,7 @@ import os
 
 from gpunvme.errors import TransportError
 from gpunvme.nvme.dma import DmaMemory
+from gpunvme.nvme.gpu_memory import GpuAccess
 from gpunvme.nvme.vfio_user import messages, payloads
 from gpunvme.nvme.vfio_user.arenas import Arenas
 from gpunvme.nvme.vfio_user.channel import close_all
@@ -48,6 +49,9 @@ class VfioUserTransport:
 
     maps_any_memory = False
     bounce_below = 0
+    gpu_access = GpuAccess(
+        "none", "the server reaches only memory that is shared with it by descriptor, which GPU memory is not"
+    )
     bounce_reason = "a vfio-user server reaches only memory that is shared with it"
 
     def __init__(self, socket_path: str | os.PathLike[str], timeout: float = 10.0) -> None:
