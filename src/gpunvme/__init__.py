@@ -8,6 +8,8 @@ from gpunvme import errors
 from gpunvme.errors import (
     AccessDeniedError,
     Cancelled,
+    CatalogChangedError,
+    CatalogError,
     CommandError,
     ControllerError,
     CudaError,
@@ -34,6 +36,7 @@ from gpunvme.transfer import Transfer
 
 if TYPE_CHECKING:
     from gpunvme import gpu, nvme
+    from gpunvme.catalog import Catalog
     from gpunvme.models.opening import safe_open
     from gpunvme.models.patch import patch_safetensors
     from gpunvme.models.safetensors import load_file
@@ -46,6 +49,7 @@ except PackageNotFoundError:  # used from a source tree
 
 # Handed out on first use: most programs need only some of them.
 _LAZY = {
+    "Catalog": "gpunvme.catalog",
     "load_file": "gpunvme.models.safetensors",
     "patch_safetensors": "gpunvme.models.patch",
     "safe_open": "gpunvme.models.opening",
@@ -56,6 +60,9 @@ __all__ = [
     "AccessDeniedError",
     "Buffer",
     "Cancelled",
+    "Catalog",
+    "CatalogChangedError",
+    "CatalogError",
     "CommandError",
     "ControllerError",
     "CudaError",
