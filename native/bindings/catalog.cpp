@@ -41,9 +41,7 @@ nb::object as_tuple(const std::optional<Problem>& problem) {
   return nb::make_tuple(problem->offset, problem->reason);
 }
 
-nb::object copy_of(const Superblock* superblock) {
-  return superblock == nullptr ? nb::none() : nb::cast(*superblock);
-}
+nb::object copy_of(const Superblock* superblock) { return superblock == nullptr ? nb::none() : nb::cast(*superblock); }
 
 std::string element_type_name(const Region& region) {
   if (region.element_type >= catalog::kElementTypes.size()) return "";

@@ -1,5 +1,6 @@
 // The CRC-32 of zlib, gzip and PNG (polynomial 04C11DB7h, reflected), for superblocks and tables. Regions are summed by
-// zlib itself, where their bytes are; a build that needs zlib's headers for a few kilobytes would ask more than it gives.
+// zlib itself, where their bytes are; a build that needs zlib's headers for a few kilobytes would ask more than it
+// gives.
 #pragma once
 
 #include <cstdint>

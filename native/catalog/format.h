@@ -11,8 +11,8 @@ namespace gpunvme::catalog {
 
 inline constexpr std::uint32_t kVersion = 1;
 
-// Two superblocks; generation g lies in slot g % 2. Regions and tables begin behind the head, which also keeps them clear
-// of the places where partition tables and file systems have their magic numbers.
+// Two superblocks; generation g lies in slot g % 2. Regions and tables begin behind the head, which also keeps them
+// clear of the places where partition tables and file systems have their magic numbers.
 inline constexpr std::uint64_t kSuperblockBytes = 512;
 inline constexpr std::array<std::uint64_t, 2> kSlots = {0, 64u << 10};
 inline constexpr std::uint64_t kSlotBytes = 64u << 10;
@@ -34,10 +34,10 @@ struct ElementType {
   std::uint32_t bits;
 };
 inline constexpr std::array<ElementType, 23> kElementTypes = {{
-    {"", 8},        {"BOOL", 8},    {"F4", 4},           {"F6_E2M3", 6},      {"F6_E3M2", 6}, {"U8", 8},
-    {"I8", 8},      {"F8_E5M2", 8}, {"F8_E4M3", 8},      {"F8_E8M0", 8},      {"I16", 16},    {"U16", 16},
-    {"F16", 16},    {"BF16", 16},   {"I32", 32},         {"U32", 32},         {"F32", 32},    {"C64", 64},
-    {"F64", 64},    {"I64", 64},    {"U64", 64},         {"F8_E4M3FNUZ", 8},  {"F8_E5M2FNUZ", 8},
+    {"", 8},     {"BOOL", 8},    {"F4", 4},      {"F6_E2M3", 6},     {"F6_E3M2", 6},     {"U8", 8},
+    {"I8", 8},   {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8},     {"I16", 16},        {"U16", 16},
+    {"F16", 16}, {"BF16", 16},   {"I32", 32},    {"U32", 32},        {"F32", 32},        {"C64", 64},
+    {"F64", 64}, {"I64", 64},    {"U64", 64},    {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8},
 }};
 
 struct Superblock {

@@ -106,7 +106,8 @@ std::optional<Problem> parse_superblock(std::span<const std::uint8_t> bytes, std
   }
   const std::uint32_t version = load_u32(bytes, 8);
   if (version != kVersion) {
-    return problem(offset + 8, "format version " + number(version) + "; this library reads version " + number(kVersion));
+    return problem(offset + 8,
+                   "format version " + number(version) + "; this library reads version " + number(kVersion));
   }
   superblock.regions = load_u32(bytes, 12);
   std::copy_n(bytes.begin() + 16, superblock.id.size(), superblock.id.begin());
@@ -136,8 +137,8 @@ std::optional<Problem> parse_superblock(std::span<const std::uint8_t> bytes, std
   }
   if (superblock.regions > kMostRegions ||
       superblock.table_bytes < kTableHeadBytes + superblock.regions * kEntryHeadBytes) {
-    return problem(offset + 12, number(superblock.regions) + " regions in a table of " +
-                                    number(superblock.table_bytes) + " bytes");
+    return problem(offset + 12,
+                   number(superblock.regions) + " regions in a table of " + number(superblock.table_bytes) + " bytes");
   }
   return std::nullopt;
 }

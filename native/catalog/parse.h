@@ -1,5 +1,5 @@
-// Bytes of a device, turned into a superblock and a table of regions. Whatever the bytes are, nothing but a Problem comes
-// of it: every count, offset and sum is checked before it is used. Nothing here throws, but for want of memory.
+// Bytes of a device, turned into a superblock and a table of regions. Whatever the bytes are, nothing but a Problem
+// comes of it: every count, offset and sum is checked before it is used. Nothing here throws, but for want of memory.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +22,8 @@ std::optional<Problem> parse_superblock(std::span<const std::uint8_t> bytes, std
 std::optional<Problem> parse_table(std::span<const std::uint8_t> bytes, const Superblock& superblock,
                                    std::uint64_t device_bytes, std::vector<Region>& regions);
 
-// What a table has to fulfil beyond being readable: regions lie in the device, apart from each other and from the table,
-// numbers and names are unique. The Problem's offset is that of the region.
+// What a table has to fulfil beyond being readable: regions lie in the device, apart from each other and from the
+// table, numbers and names are unique. The Problem's offset is that of the region.
 std::optional<Problem> check_regions(const std::vector<Region>& regions, const Superblock& superblock,
                                      std::uint64_t device_bytes);
 

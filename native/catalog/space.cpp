@@ -21,7 +21,8 @@ void Space::add(const std::vector<Extent>& used) {
   std::vector<Extent> joined;
   for (const Extent& extent : used_) {
     if (!joined.empty() && extent.offset <= joined.back().offset + joined.back().nbytes) {
-      const std::uint64_t reached = std::max(joined.back().offset + joined.back().nbytes, extent.offset + extent.nbytes);
+      const std::uint64_t reached =
+          std::max(joined.back().offset + joined.back().nbytes, extent.offset + extent.nbytes);
       joined.back().nbytes = reached - joined.back().offset;
     } else {
       joined.push_back(extent);

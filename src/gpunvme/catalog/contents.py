@@ -106,7 +106,7 @@ class Contents:
                 writing.wait()
         except BaseException:
             if writing is not None:
-                writing.cancel()
+                target.stop(writing)
             raise
         return checksum
 

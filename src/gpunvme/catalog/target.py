@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpunvme import _native
-from gpunvme.errors import CatalogError, UnsafeDeviceError, file_error
+from gpunvme.errors import CatalogError, DeadlineExceeded, Error, UnsafeDeviceError, file_error
 from gpunvme.file import File
 from gpunvme.nvme.signatures import find_signature
 from gpunvme.paths.nvme import NamespaceSource, is_namespace
 
 if TYPE_CHECKING:
     from gpunvme.nvme.namespace import Namespace
+    from gpunvme.transfer import Transfer
 
 #: What a catalog can be opened on.
 Source = str | os.PathLike[str] | File | Any
 
 _HEAD_BYTES = _native.CATALOG["HEAD_BYTES"]
+_GRACE_SECONDS = 60  # as long as a drive may take to answer
 _UNIT = 4096  # what is written is a multiple of this, or of a larger block
 
 # Who writes in this process, by `Target.key`: neither flock nor O_EXCL keeps threads of one process apart where they
@@ -53,6 +55,7 @@ class Target:
         self.name = file.name
         self.word = word
         self.writable = False
+        self._hangs = False
         self._close = close
         self._process = os.getpid()
         self._key: object = None
@@ -82,14 +85,26 @@ class Target:
         """Wait until everything that was written is on the drive."""
         self.file.flush()
 
+    def stop(self, writing: Transfer) -> None:
+        """Stop a write and wait for its end: until then, what it writes to must not be used for anything else."""
+        writing.cancel()
+        try:
+            writing.wait(_GRACE_SECONDS)
+        except DeadlineExceeded:
+            self._hangs = True
+        except Error:
+            pass  # what stopped it is being raised already
+
     def check_writer(self) -> None:
         """Refuse to write without the lock.
 
         Raises
         ------
         CatalogError
-            If it was opened for reading, or by the process that this one was forked from.
+            If it was opened for reading, or by the process that this one was forked from, or if a write never ended.
         """
+        if self._hangs:
+            raise CatalogError("a write that was stopped never ended: open the catalog anew", filename=self.name)
         if not self.writable:
             raise CatalogError("the catalog is open for reading only: use mode 'r+'", filename=self.name)
         if os.getpid() != self._process:
