@@ -45,6 +45,7 @@ std::optional<std::string> wrong_with(const Region& region, const Superblock& su
     return "has " + number(region.nbytes) + " bytes at " + number(region.offset) + "; regions lie between " +
            number(kHeadBytes) + " and " + number(end);
   }
+  if (region.shape.size() > kMostDimensions) return "an array of " + number(region.shape.size()) + " dimensions";
   if (region.record_bytes == 0 || region.nbytes % region.record_bytes != 0) {
     return "its " + number(region.nbytes) + " bytes are no whole number of records of " + number(region.record_bytes);
   }
@@ -71,8 +72,7 @@ std::optional<std::string> parse_entry(std::span<const std::uint8_t> bytes, Regi
   region.element_type = load_u16(bytes, 36);
   const std::uint64_t dimensions = load_u16(bytes, 38);
   const std::uint64_t name_bytes = load_u16(bytes, 40);
-  // At most 2 * 65535 * 8: these sums cannot overflow.
-  if (dimensions > kMostDimensions) return "an array of " + number(dimensions) + " dimensions";
+  // Both have 16 bits: these sums cannot overflow.
   const std::uint64_t used = kEntryHeadBytes + dimensions * 8 + name_bytes;
   if (size != round_up(used, 8)) {
     return "an entry of " + number(size) + " bytes whose parts have " + number(used);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpunvme import _native
@@ -111,9 +111,7 @@ class Change:
         old = self._find(kind)
         self._forget(old)
         try:
-            return self._write(
-                old.kind, source, old.name if name is None else name, dtype, shape, record_size, advance
-            )
+            return self._write(old.kind, source, old.name if name is None else name, dtype, shape, record_size, advance)
         except BaseException:
             self._remember(old)
             raise
@@ -177,7 +175,7 @@ class Change:
         self._target.check_writer()
 
     def _check(self, regions: list[_native.CatalogRegion]) -> None:
-        problem = _native.catalog_check(regions, self._superblock, _end(self._target, self._superblock))
+        problem = _native.catalog_check(regions, self._superblock, _end(self._target))
         if problem is not None:
             raise CatalogError(problem[1], filename=self._target.name, offset=problem[0])
 
@@ -190,12 +188,12 @@ class Change:
             "deleted by this change or the last one is free after the next one"
         )
 
-    def finish(self, durable_at: Any = None) -> Generation:
+    def finish(self, before_superblock: Callable[[], None] | None = None) -> Generation:
         """Make it valid: everything written is flushed, then the table, then the superblock.
 
         Parameters
         ----------
-        durable_at
+        before_superblock
             Called before the superblock is written: from then on, until this returns, a failure leaves open which
             generation is valid.
         """
@@ -211,8 +209,8 @@ class Change:
         if table_offset is None:
             raise self._no_room("the table needs", nbytes)
         write_table(target, new, regions, table_offset)
-        if durable_at is not None:
-            durable_at()
+        if before_superblock is not None:
+            before_superblock()
         write_superblock(target, new)
         # What was read before is still protected: by `previous` here, by its superblock on the target.
         return Generation(new, tuple(map(from_native, regions)), Generation(old, self._base.regions))
@@ -243,7 +241,7 @@ def write_table(
     data = _native.catalog_serialise_table(regions, superblock.generation)
     superblock.table_offset, superblock.table_bytes, superblock.regions = offset, len(data), len(regions)
     superblock.table_crc32 = _native.catalog_crc32(data)
-    _, problem = _native.catalog_table(data, superblock, _end(target, superblock))
+    _, problem = _native.catalog_table(data, superblock, _end(target))
     if problem is not None:
         raise CatalogError(problem[1], filename=target.name, offset=problem[0])
     target.flush()
@@ -257,10 +255,10 @@ def write_superblock(target: Target, superblock: _native.CatalogSuperblock) -> N
     target.flush()
 
 
-def _end(target: Target, superblock: _native.CatalogSuperblock) -> int:
+def _end(target: Target) -> int:
     """Where space ends: files grow."""
     return target.size if target.fixed else int(_MOST_BYTES)
 
 
 def _space(target: Target, superblock: _native.CatalogSuperblock) -> _native.CatalogSpace:
-    return _native.CatalogSpace(superblock.capacity or _end(target, superblock), superblock.alignment)
+    return _native.CatalogSpace(superblock.capacity or _end(target), superblock.alignment)

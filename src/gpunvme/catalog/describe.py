@@ -79,7 +79,7 @@ def _name(dtype: Any, filename: str) -> str:
 
 
 def _of(source: Any) -> tuple[str, tuple[int, ...] | None]:
-    """Return element type and shape of an array; for types that the format lacks no type, and the shape for its rows."""
+    """Return element type and shape of an array: no type where the format lacks it, but the shape, for its rows."""
     torch = sys.modules.get("torch")
     if isinstance(source, np.ndarray):
         if not source.dtype.isnative and source.dtype.itemsize > 1:

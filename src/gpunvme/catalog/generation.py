@@ -150,30 +150,34 @@ def read_superblocks(target: Target) -> Superblocks:
 
 
 def read_generation(target: Target) -> Generation:
-    """Read the newest generation of a catalog, and the one before it.
+    """Read the newest generation of a catalog and, for a writer, the one before it.
 
     Raises
     ------
     CatalogError
         If there is no catalog, or if it is damaged: with the offset on the target, and the reason.
     """
-    for look in range(_LOOKS):
+    for _ in range(_LOOKS):
         found = read_superblocks(target)
         if found.newest is None or found.refusal is not None:
             raise _no_catalog(target, found)
         regions, problem = _read_table(target, found.newest)
         if problem is None:
-            break
+            previous = _previous(target, found.previous) if target.writable else None
+            return Generation(found.newest, tuple(map(from_native, regions)), previous)
         again = read_superblocks(target).newest
-        if (again is not None and again.generation == found.newest.generation) or look == _LOOKS - 1:
+        if again is not None and again.generation == found.newest.generation:
             raise CatalogError(f"the catalog is damaged: {problem[1]}", filename=target.name, offset=problem[0])
-        # A writer was faster: the table that we wanted is not there any more.
-    previous = None
-    if found.previous is not None:
-        older, broken = _read_table(target, found.previous)
-        if broken is None:  # otherwise it cannot be gone back to, and protects nothing
-            previous = Generation(found.previous, tuple(map(from_native, older)))
-    return Generation(found.newest, tuple(map(from_native, regions)), previous)
+        # A writer was faster: the table that was wanted is not there any more.
+    raise CatalogError(f"the catalog changed each of the {_LOOKS} times that it was read", filename=target.name)
+
+
+def _previous(target: Target, superblock: _native.CatalogSuperblock | None) -> Generation | None:
+    if superblock is None:
+        return None
+    regions, problem = _read_table(target, superblock)
+    # Where its table cannot be read there is no going back to it, and nothing to protect.
+    return None if problem is not None else Generation(superblock, tuple(map(from_native, regions)))
 
 
 def _read_table(

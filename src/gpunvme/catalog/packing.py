@@ -86,9 +86,9 @@ def pack(
             )
         written = []
         with catalog.change() as change:
-            gone = [region.kind for region in catalog.regions if only or region.name in source.tensors]
-            for kind in gone:
-                change.delete(kind)
+            for region in catalog.regions:
+                if only or region.name in source.tensors:
+                    change.delete(region.kind)
             for entry in entries:
                 info = entry.info
                 part = FilePart(entry.file, info.offset, info.nbytes)

@@ -8,6 +8,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,17 +47,15 @@ class Target:
         Whether it will be written.
     word
         What must be repeated as ``overwrite=`` to lose what is there.
-    close
-        Called at the end.
     """
 
-    def __init__(self, file: File, *, writable: bool, word: str, close: Callable[[], None]) -> None:
+    def __init__(self, file: File, *, writable: bool, word: str) -> None:
         self.file = file
         self.name = file.name
         self.word = word
         self.writable = False
         self._hangs = False
-        self._close = close
+        self._close: Callable[[], object] = _nothing
         self._process = os.getpid()
         self._key: object = None
         source = file._file
@@ -65,6 +64,10 @@ class Target:
         self.unit = max(_UNIT, self.namespace.block_size if self.namespace is not None else _UNIT)
         if writable:
             self._lock()
+
+    def close_with(self, close: Callable[[], object]) -> None:
+        """Say what else is closed at the end."""
+        self._close = close
 
     @property
     def size(self) -> int:
@@ -217,55 +220,53 @@ def open_target(source: Source, mode: str, overwrite: str | None = None) -> Targ
     if isinstance(source, File):
         namespace = source._file.namespace if isinstance(source._file, NamespaceSource) else None
         word = source.name if namespace is None else _device_name(namespace)
-        return Target(source, writable=writable, word=word, close=lambda: None)
+        return Target(source, writable=writable, word=word)
     if is_namespace(source):
         return _open_namespace(source, mode, overwrite)
-    name = os.fspath(source)
-    file = _open_path(name, writable)
-    try:
-        return Target(file, writable=writable, word=name, close=file.close)
-    except BaseException:
-        file.close()
-        raise
+    return _open_path(os.fspath(source), writable)
 
 
-def _open_path(name: str, writable: bool) -> File:
-    try:
-        block_device = writable and stat.S_ISBLK(os.stat(name).st_mode)
-    except (OSError, ValueError):
-        block_device = False  # opening it says what is wrong
-    if not block_device:
-        return File(name, "r+" if writable else "r")
-    from gpunvme.nvme.block_claim import claim_block_device
+def _open_path(name: str, writable: bool) -> Target:
+    with ExitStack() as opened:
+        try:
+            block_device = writable and stat.S_ISBLK(os.stat(name).st_mode)
+        except (OSError, ValueError):
+            block_device = False  # opening it says what is wrong
+        if block_device:
+            from gpunvme.nvme.block_claim import claim_block_device
 
-    fd = claim_block_device(name)
-    try:
-        return File(fd, "r+", name=name, claimed=True)
-    finally:
-        os.close(fd)
+            claim = claim_block_device(name)
+            opened.callback(os.close, claim)
+            # Opened again, so that the claim ends with the catalog, whoever still has the report of a transfer.
+            fd = os.open(f"/proc/self/fd/{claim}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                file = opened.enter_context(File(fd, "r+", name=name, claimed=True))
+            finally:
+                os.close(fd)
+        else:
+            file = opened.enter_context(File(name, "r+" if writable else "r"))
+        target = Target(file, writable=writable, word=name)
+        target.close_with(opened.pop_all().close)
+        return target
 
 
 def _open_namespace(source: str | Namespace, mode: str, overwrite: str | None) -> Target:
-    controller = None
-    if isinstance(source, str):
-        from gpunvme import nvme
-        from gpunvme.nvme.uri import split_source
+    with ExitStack() as opened:
+        if isinstance(source, str):
+            from gpunvme import nvme
+            from gpunvme.nvme.uri import split_source
 
-        uri, nsid = split_source(source)
-        controller = nvme.open(uri, overwrite=overwrite)
-        try:
-            namespace = controller.namespace(nsid)
-        except BaseException:
-            controller.close()
-            raise
-    else:
-        namespace = source
-    close = (lambda: None) if controller is None else controller.close
-    try:
-        return Target(File(namespace, mode), writable=mode == "r+", word=_device_name(namespace), close=close)
-    except BaseException:
-        close()
-        raise
+            uri, nsid = split_source(source)
+            namespace = opened.enter_context(nvme.open(uri, overwrite=overwrite)).namespace(nsid)
+        else:
+            namespace = source
+        target = Target(File(namespace, mode), writable=mode == "r+", word=_device_name(namespace))
+        target.close_with(opened.pop_all().close)
+        return target
+
+
+def _nothing() -> None:
+    """Close nothing: it belongs to the caller."""
 
 
 def _device_name(namespace: Namespace) -> str:

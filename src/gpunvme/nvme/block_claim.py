@@ -36,6 +36,7 @@ def claim_block_device(path: str, machine: Machine | None = None) -> int:
         If the operating system refuses otherwise.
     """
     machine = machine or Machine()
+    number = 0
     try:
         number = os.stat(path).st_rdev
         # The kernel's own lock, whoever the user is: open(2), O_EXCL on block devices.
