@@ -1,7 +1,8 @@
-"""Catalogs compared with a dict, whatever is done in whatever order: on files, and on namespaces of both block sizes."""
+"""Catalogs compared with a dict, whatever is done in whatever order: files, and both block sizes."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ class Model(RuleBasedStateMachine):
         assert catalog_cases.stored(self.catalog) == self.held
         assert self.catalog.verify() == []
         places = sorted((region.offset, region.nbytes) for region in self.catalog if region.nbytes)
-        for (offset, nbytes), (following, _) in zip(places, places[1:], strict=False):
+        for (offset, nbytes), (following, _) in itertools.pairwise(places):
             assert offset + nbytes <= following
 
     def teardown(self) -> None:

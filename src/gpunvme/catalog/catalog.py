@@ -171,10 +171,11 @@ class Catalog(Regions):
         dtype: Any = None,
         shape: Sequence[int] | None = None,
         record_size: int | None = None,
+        stream: Any = None,
     ) -> Region:
         """Add one region: `Change.add` in a change of its own."""
         with self.change() as change:
-            return change.add(kind, source, name=name, dtype=dtype, shape=shape, record_size=record_size)
+            return change.add(kind, source, name=name, dtype=dtype, shape=shape, record_size=record_size, stream=stream)
 
     def replace(
         self,
@@ -185,10 +186,13 @@ class Catalog(Regions):
         dtype: Any = None,
         shape: Sequence[int] | None = None,
         record_size: int | None = None,
+        stream: Any = None,
     ) -> Region:
         """Replace the contents of one region: `Change.replace` in a change of its own."""
         with self.change() as change:
-            return change.replace(kind, source, name=name, dtype=dtype, shape=shape, record_size=record_size)
+            return change.replace(
+                kind, source, name=name, dtype=dtype, shape=shape, record_size=record_size, stream=stream
+            )
 
     def delete(self, kind: int | str) -> None:
         """Delete one region: `Change.delete` in a change of its own."""

@@ -55,6 +55,7 @@ class Change:
         dtype: Any = None,
         shape: Sequence[int] | None = None,
         record_size: int | None = None,
+        stream: Any = None,
         advance: Advance | None = None,
     ) -> Region:
         """Write a new region.
@@ -72,6 +73,8 @@ class Change:
             array's own; bytes without a type if it has none.
         record_size
             Bytes of a record; a row's if None, or 1 where there is no shape.
+        stream
+            As for `File.write_from`, for a source on a GPU.
         advance
             Called with the number of bytes after each piece.
 
@@ -90,7 +93,7 @@ class Change:
             raise self._error(f"kind {kind} is no number from 0 to {_MOST_KIND}")
         if kind in self._regions:
             raise self._error(f"kind {kind} is there already; replace it, or choose another number")
-        return self._write(kind, source, name, dtype, shape, record_size, advance)
+        return self._write(kind, source, name, dtype, shape, record_size, stream, advance)
 
     def replace(
         self,
@@ -101,6 +104,7 @@ class Change:
         dtype: Any = None,
         shape: Sequence[int] | None = None,
         record_size: int | None = None,
+        stream: Any = None,
         advance: Advance | None = None,
     ) -> Region:
         """Write new contents for a region, given by its number or its name; it keeps its name unless one is given.
@@ -111,7 +115,9 @@ class Change:
         old = self._find(kind)
         self._forget(old)
         try:
-            return self._write(old.kind, source, old.name if name is None else name, dtype, shape, record_size, advance)
+            return self._write(
+                old.kind, source, old.name if name is None else name, dtype, shape, record_size, stream, advance
+            )
         except BaseException:
             self._remember(old)
             raise
@@ -137,11 +143,12 @@ class Change:
         dtype: Any,
         shape: Sequence[int] | None,
         record_size: int | None,
+        stream: Any,
         advance: Advance | None,
     ) -> Region:
         if name in self._names:
             raise self._error(f"the name {name!r} is that of kind {self._names[name]}")
-        contents = Contents(source)
+        contents = Contents(source, stream)
         what = describe(source, contents.nbytes, dtype, shape, record_size, self._target.name)
         offset = self._space.take(contents.nbytes)
         if offset is None:

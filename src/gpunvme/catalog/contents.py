@@ -55,6 +55,8 @@ class Contents:
     ----------
     source
         A tensor, an array, a buffer, a `Span` or a `FilePart`. It must not change until it is written.
+    stream
+        CUDA stream that GPU memory is read behind; if None, the current stream of its framework.
 
     Raises
     ------
@@ -64,8 +66,8 @@ class Contents:
         If a file does not have that range.
     """
 
-    def __init__(self, source: Any) -> None:
-        self._memory = source
+    def __init__(self, source: Any, stream: Any = None) -> None:
+        self._memory, self._stream = source, stream
         self._part: FilePart | None = None
         self._span: Span | None = None
         if isinstance(source, FilePart):
@@ -123,7 +125,7 @@ class Contents:
 
     def _gpu_pieces(self, span: Span) -> Iterator[memoryview]:
         # A file in memory: its writes are ordered behind the caller's stream as every write from a GPU is.
-        stream = stream_handle(None, self._memory, span.device)
+        stream = stream_handle(self._stream, self._memory, span.device)
         size = min(PIECE, span.nbytes)
         files, views = [], []
         for _ in range(2):
