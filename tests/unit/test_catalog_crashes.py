@@ -80,6 +80,7 @@ CHANGES: dict[str, Callable[[gpunvme.Catalog], Any]] = {
 def test_a_loss_of_power_leaves_the_old_catalog_or_the_new(what: str) -> None:
     image, log, old, new = recorded(CHANGES[what], beginning)
     assert old != new
+    assert log[-1] is None  # what was done when it returned is on the drive
     seen = []
     for number, crashed in enumerate(catalog_cases.after_crashes(image, log, np.random.default_rng(1))):
         found = states_after(crashed, writable=number % 4 == 0)
@@ -157,7 +158,7 @@ def test_packing_leaves_the_old_catalog_or_the_new(tmp_path: Path) -> None:
             assert states_after(crashed) in (old, new)
 
 
-@settings(max_examples=15)
+@settings(max_examples=max(8, settings().max_examples // 5))
 @given(st.data())
 def test_any_changes_one_after_the_other(data: st.DataObject) -> None:
     """Crashes between and within several changes: what was true before the change, or after it."""
@@ -195,7 +196,12 @@ def test_a_writer_that_fails_at_any_write_goes_on(what: str) -> None:
                 CHANGES[what](catalog)
             file.left = -1
             assert catalog_cases.stored(catalog) == old
+            written = [entry for entry in file.log if entry is not None]
+            file.log.clear()
             catalog.add(77, DATA[:100])
+            if fails == len(log) - 1:
+                # After a flush that failed the page cache may call clean what never arrived: it is written again.
+                assert file.log[0] == written[-1]
             found = catalog_cases.stored(catalog)
             del found[77]
             # Only the last flush comes after the superblock: then the change is in force.
@@ -264,3 +270,38 @@ def test_nothing_is_a_catalog_without_one(tmp_path: Path) -> None:
     for image in (b"", b"x", bytes(511), bytes(600), bytes(2 << 20)):
         with pytest.raises(NoCatalogError, match="there is no catalog"):
             states_after(image)
+
+
+def test_a_source_that_fails_leaves_no_write_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is still being written lands in space that is free, and would be in the next region's way."""
+    from gpunvme.catalog import FilePart
+    from gpunvme.catalog.target import Target
+
+    stopped: list[gpunvme.Transfer] = []
+    stop = Target.stop
+
+    def watched(target: Target, writing: gpunvme.Transfer) -> None:
+        stop(target, writing)
+        assert writing.done
+        stopped.append(writing)
+
+    monkeypatch.setattr(Target, "stop", watched)
+    monkeypatch.setattr("gpunvme.catalog.contents.PIECE", 1 << 20)
+    with gpunvme.Catalog.create(tmp_path / "catalog") as catalog, gpunvme.open(tmp_path / "source", "w") as source:
+        source.write_from(DATA)
+        os.truncate(tmp_path / "source", 2 << 20)
+        part = FilePart(source, 0, 2 << 20)
+        read_into = source.read_into
+        reads = []
+
+        def second_fails(*arguments: Any, **options: Any) -> Any:
+            reads.append(arguments)
+            if len(reads) == 2:
+                raise gpunvme.FileError(5, "no", "source")
+            return read_into(*arguments, **options)
+
+        monkeypatch.setattr(source, "read_into", second_fails)
+        with pytest.raises(gpunvme.FileError, match="no"):
+            catalog.add(1, part)
+        assert len(stopped) == 1
+        assert len(catalog) == 0
