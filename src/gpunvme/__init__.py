@@ -35,7 +35,7 @@ from gpunvme.paths.base import Verdict
 from gpunvme.transfer import Transfer
 
 if TYPE_CHECKING:
-    from gpunvme import gpu, nvme
+    from gpunvme import catalog, gpu, nvme
     from gpunvme.catalog import Catalog
     from gpunvme.models.opening import safe_open
     from gpunvme.models.patch import patch_safetensors
@@ -86,6 +86,7 @@ __all__ = [
     "UriError",
     "Verdict",
     "__version__",
+    "catalog",
     "errors",
     "gpu",
     "load_file",
@@ -99,7 +100,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"gpu", "nvme"}:
+    if name in {"catalog", "gpu", "nvme"}:
         return import_module("gpunvme." + name)
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)

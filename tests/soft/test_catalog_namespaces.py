@@ -10,6 +10,7 @@ import pytest
 import catalog_cases
 import gpunvme
 from gpunvme import nvme
+from gpunvme.catalog import FilePart, pack
 
 DATA = np.random.default_rng(8).bytes(50_000)
 ROWS = np.arange(3000, dtype=np.float32).reshape(100, 30)
@@ -129,8 +130,6 @@ def test_a_controller_that_fails_at_any_command(tmp_path: Path, fault: str) -> N
 
 
 def test_hangs_and_repairs_while_packing(tmp_path: Path) -> None:
-    from gpunvme.catalog import pack
-
     tensors = {f"t{i}": np.random.default_rng(i).standard_normal(i * 40 + 1) for i in range(8)}
     gpunvme.save_file(tensors, tmp_path / "model.safetensors")
     faults = "reorder@0.3,duplicate-cqe@0.2,torn-cqe@0.1,stale-phase@0.1,drop#9"
@@ -140,3 +139,18 @@ def test_hangs_and_repairs_while_packing(tmp_path: Path) -> None:
             assert catalog.verify() == []
             loaded = catalog.load(framework="np")
     assert all(np.array_equal(loaded[name], array) for name, array in tensors.items())
+
+
+def test_pieces_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow device: a piece of the source must not be read into memory that is still being written."""
+    monkeypatch.setattr("gpunvme.catalog.contents.PIECE", 16 << 10)
+    (tmp_path / "source").write_bytes(DATA * 3)
+    with (
+        nvme.open("soft:ram?size=8MiB&lba=4096&faults=slow:10") as controller,
+        gpunvme.open(tmp_path / "source") as source,
+        gpunvme.Catalog.create(controller.namespace()) as catalog,
+    ):
+        catalog.add(1, FilePart(source, 0, len(DATA) * 3))
+        controller.transport.controller.inject("", 0)
+        assert catalog.verify() == []
+        assert catalog.read_kind(1).numpy().tobytes() == DATA * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,54 @@ def test_space_is_used_again(catalog: gpunvme.Catalog, target: Path) -> None:
         catalog.replace(1, data[number:])
     assert target.stat().st_size < 8 * MIB
     assert catalog.read_kind(1).numpy().tobytes() == data[19:]
+
+
+def read_by_the_document(image: bytes) -> dict[int, tuple[str, bytes]]:
+    """Another reader of the format, made from docs/catalog-format.md alone."""
+    found = []
+    for slot in (0, 65536):
+        block = image[slot : slot + 512]
+        if block[:8] == b"GPUNVMEC" and struct.unpack_from("<I", block, 508)[0] == zlib.crc32(block[:508]):
+            version, regions = struct.unpack_from("<II", block, 8)
+            generation, alignment, capacity, at, nbytes, checksum = struct.unpack_from("<QQQQQI", block, 32)
+            assert (version, slot) == (1, 65536 * (generation % 2))
+            found.append((generation, regions, alignment, capacity, at, nbytes, checksum))
+    generation, regions, alignment, _, at, nbytes, checksum = max(found)
+    table = image[at : at + nbytes]
+    assert zlib.crc32(table) == checksum
+    assert table[:8] == b"GPUNVMET"
+    assert struct.unpack_from("<Q", table, 8)[0] == generation
+    contents = {}
+    place = 16
+    for _ in range(regions):
+        size, kind, begin, length, record, crc, _, dimensions, name_bytes = struct.unpack_from(
+            "<IIQQQIHHH", table, place
+        )
+        name = table[place + 48 + 8 * dimensions :][:name_bytes].decode()
+        contents[kind] = (name, image[begin : begin + length])
+        assert (begin % alignment, length % record, zlib.crc32(contents[kind][1])) == (0, 0, crc)
+        place += size
+    assert place == nbytes
+    return contents
+
+
+def test_the_document_describes_the_format(catalog: gpunvme.Catalog, target: Path) -> None:
+    catalog.add(1, ROWS, name="rows")
+    catalog.add(80, b"abc", name="ümläut")
+    catalog.add(7, b"")
+    catalog.delete(1)
+    catalog.add(None, ROWS[:7])
+    stored = catalog_cases.stored(catalog)
+    assert len(stored) == 3
+    assert read_by_the_document(target.read_bytes()) == stored
+
+
+def test_gathers_from_what_was_added_after_the_first_gather(catalog: gpunvme.Catalog) -> None:
+    """Gathers copy from a mapping of the file, which has grown since."""
+    for kind in (1, 2, 3):
+        rows = ROWS + kind
+        catalog.add(kind, rows)
+        assert catalog.gather_kind(kind, np.arange(300)[::-1]).numpy().tobytes() == rows[::-1].tobytes()
 
 
 def test_from_kinds_reads_what_nobody_described(tmp_path: Path) -> None:

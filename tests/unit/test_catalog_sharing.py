@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def test_one_writer_at_a_time(target: Any) -> None:
 
 
 FORKS = """
-import os, sys
+import fcntl, os, sys
 import gpunvme
 
 with gpunvme.Catalog(sys.argv[1], "r+") as writer:
@@ -60,6 +61,11 @@ with gpunvme.Catalog(sys.argv[1], "r+") as writer:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     writer.add(3, b"parent's")
     try:
+        with open(sys.argv[1], "rb") as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("locked")
+    try:
         gpunvme.Catalog(sys.argv[1], "r+")
     except gpunvme.CatalogError as error:
         print(error)
@@ -70,9 +76,18 @@ def test_a_forked_child_does_not_write(tmp_path: Path) -> None:
     path = tmp_path / "catalog"
     gpunvme.Catalog.create(path).close()
     said = files.output(FORKS, path)
-    assert said.startswith("7\nanother object of this process")
+    assert said.startswith("7\nlocked\nanother object of this process")
     with gpunvme.Catalog(path) as reader:
         assert [region.kind for region in reader] == [3]
+
+
+def test_a_writer_that_was_forgotten_is_in_nobodys_way(target: Any) -> None:
+    writer = gpunvme.Catalog.create(target)
+    writer.add(1, data(1))
+    del writer
+    gc.collect()
+    with gpunvme.Catalog(target, "r+") as another:
+        another.add(2, data(2))
 
 
 def test_one_process_writes(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Change:
         self._names = {name: region.kind for name, region in base.by_name.items()}
         self._space = _space(target, base.superblock)
         self._open = True
+        self._highest = max(self._regions, default=0)
         for generation in (base, base.previous):
             if generation is not None and generation.superblock is not None:
                 self._space.add(generation.superblock, generation.natives(target.name))
@@ -63,7 +64,7 @@ class Change:
         Parameters
         ----------
         kind
-            Its number, from 0 to 4294967295; the one above the highest there is, if None.
+            Its number, from 0 to 4294967295; if None, the one above the highest that there is or was in this change.
         source
             A tensor, an array or a buffer on the host or a GPU, a `Span`, or a `FilePart`.
         name
@@ -87,7 +88,7 @@ class Change:
         """
         self._check_open()
         if kind is None:
-            kind = max(self._regions, default=0) + 1
+            kind = self._highest + 1
         kind = operator.index(kind)
         if not 0 <= kind <= _MOST_KIND:
             raise self._error(f"kind {kind} is no number from 0 to {_MOST_KIND}")
@@ -168,6 +169,7 @@ class Change:
 
     def _remember(self, region: Region) -> None:
         self._regions[region.kind] = region
+        self._highest = max(self._highest, region.kind)
         if region.name:
             self._names[region.name] = region.kind
 

@@ -7,6 +7,7 @@ import fcntl
 import os
 import stat
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -55,9 +56,9 @@ class Target:
         self.word = word
         self.writable = False
         self._hangs = False
-        self._close: Callable[[], object] = _nothing
+        self._close: weakref.finalize[..., Target] | None = None
         self._process = os.getpid()
-        self._key: object = None
+        self._leave: weakref.finalize[..., Target] | None = None
         source = file._file
         self.namespace: Namespace | None = source.namespace if isinstance(source, NamespaceSource) else None
         self.fixed = source.is_block_device
@@ -66,8 +67,9 @@ class Target:
             self._lock()
 
     def close_with(self, close: Callable[[], object]) -> None:
-        """Say what else is closed at the end."""
-        self._close = close
+        """Say what else is closed at the end, or when the target is forgotten."""
+        self._close = weakref.finalize(self, close)
+        self._close.atexit = False  # controllers and files see to their own end
 
     @property
     def size(self) -> int:
@@ -122,9 +124,10 @@ class Target:
                     fcntl.flock(self.file.fileno(), fcntl.LOCK_UN)
             except (OSError, ValueError):
                 pass  # closed already, and the lock with it
-            with _writers_lock:
-                _writers.discard(self._key)
-        self._close()
+            if self._leave is not None:
+                self._leave()
+        if self._close is not None:
+            self._close()
 
     def _lock(self) -> None:
         if self.file.mode == "r":
@@ -146,7 +149,8 @@ class Target:
                 except OSError as error:
                     raise file_error(error, "cannot lock", self.name) from None
             _writers.add(key)
-        self._key = key
+            self._leave = weakref.finalize(self, _writers.discard, key)
+            self._leave.atexit = False
         self.writable = True
 
     # --- what is there already
@@ -263,10 +267,6 @@ def _open_namespace(source: str | Namespace, mode: str, overwrite: str | None) -
         target = Target(File(namespace, mode), writable=mode == "r+", word=_device_name(namespace))
         target.close_with(opened.pop_all().close)
         return target
-
-
-def _nothing() -> None:
-    """Close nothing: it belongs to the caller."""
 
 
 def _device_name(namespace: Namespace) -> str:
