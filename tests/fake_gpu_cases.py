@@ -538,7 +538,7 @@ def test_catalogs_from_and_to_the_gpu(fake: FakeCuda, tmp_path: Path) -> None:
     for target in (tmp_path / "catalog", "nvme+soft:ram?size=32MiB&lba=4096"):
         with gpunvme.Catalog.create(target) as catalog, guarded(fake, nbytes) as buffer:
             buffer.fill(7, stream=stream, delay_us=30_000)
-            region = catalog.add(1, part(buffer, nbytes), record_size=4000, stream=stream)
+            region = catalog.add(1, part(buffer, nbytes), record_size=4, stream=stream)
             buffer.poke(bytes([GUARD]) * buffer.nbytes)
             assert catalog.verify() == []
             assert catalog.read_kind(1).numpy().tobytes() == bytes([7]) * region.nbytes

@@ -351,6 +351,10 @@ def test_a_block_device(tmp_path: Path) -> None:
                 made.add(2, bytes(7 * MIB))
             with pytest.raises(gpunvme.Error, match=r"in use|another"):
                 gpunvme.Catalog(device, "r+")
+        claimed = os.open(device, os.O_RDONLY | os.O_EXCL)  # as a mount does, in whatever namespace it is
+        with pytest.raises(gpunvme.UnsafeDeviceError, match="in use by the kernel"):
+            gpunvme.Catalog(device, "r+")
+        os.close(claimed)
         with gpunvme.Catalog(device, "r+") as made:
             assert made.load(framework="np")["rows"].tobytes() == ROWS.tobytes()
             assert made.verify() == []

@@ -51,13 +51,13 @@ import gpunvme
 with gpunvme.Catalog(sys.argv[1], "r+") as writer:
     child = os.fork()
     if child == 0:
+        refused = ""
         try:
             writer.add(2, b"child's")
         except gpunvme.CatalogError as error:
-            os._exit(7 if "belongs to the process" in str(error) else 1)
-        finally:
-            writer.close()  # takes nothing away from the parent
-        os._exit(2)
+            refused = str(error)
+        writer.close()  # takes nothing away from the parent
+        os._exit(7 if "belongs to the process" in refused else 1)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     writer.add(3, b"parent's")
     try:
