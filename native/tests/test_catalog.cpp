@@ -173,6 +173,38 @@ TEST(regions_that_cannot_be_are_refused) {
            "");
 }
 
+TEST(entries_that_cannot_be_are_refused) {
+  const auto with = [](auto change) {
+    Written what = written({region(1, 2 * kHeadBytes, 100, "name")});
+    change(what.table);
+    what.seal();
+    return refused(what);
+  };
+  const std::size_t entry = kTableHeadBytes;
+  CHECK_EQ(with([](Bytes&) {}), "");
+  CHECK(has(with([=](Bytes& t) { t[entry + 42] = 1; }), "reserved"));
+  CHECK(has(with([=](Bytes& t) { t[entry + 47] = 1; }), "reserved"));
+  CHECK(has(with([](Bytes& t) { t.back() = 1; }), "reserved"));  // behind the name
+  // Longer than its parts, by zeros that the table has.
+  CHECK(has(with([=](Bytes& t) {
+              t.resize(t.size() + 8);
+              store(std::span(t), entry, static_cast<std::uint32_t>(t.size() - entry));
+            }),
+            "whose parts have"));
+  CHECK(has(with([=](Bytes& t) { store(std::span(t), entry, std::uint32_t{44}); }), "an entry of 44"));
+  CHECK(has(with([=](Bytes& t) { store(std::span(t), entry, std::uint32_t{64}); }), "left"));
+  CHECK(has(with([=](Bytes& t) { store(std::span(t), entry + 40, std::uint16_t{9}); }), "whose parts have"));
+  CHECK(has(with([=](Bytes& t) { store(std::span(t), entry + 38, std::uint16_t{UINT16_MAX}); }), "whose parts have"));
+  // Its parts fit its size, and reach past the table.
+  CHECK(has(with([=](Bytes& t) {
+              store(std::span(t), entry, std::uint32_t{64});
+              store(std::span(t), entry + 40, std::uint16_t{12});
+            }),
+            "left"));
+  CHECK(has(with([](Bytes& t) { t.resize(t.size() - 8); }), "left"));
+  CHECK(has(with([](Bytes& t) { t[0] ^= 1; }), "there is no table"));
+}
+
 TEST(superblocks_that_cannot_be_are_refused) {
   const auto with = [](auto change) {
     Written what = sample();
@@ -197,6 +229,7 @@ TEST(superblocks_that_cannot_be_are_refused) {
   CHECK(has(with([](Superblock& s) { s.table_bytes = kMostTableBytes + 1; }), "table"));
   CHECK(has(with([](Superblock& s) { s.table_bytes -= 8; }), "table has"));
   CHECK(has(with([](Superblock& s) { s.regions = UINT32_MAX; }), "regions in a table"));
+  CHECK(has(with([](Superblock& s) { s.regions = 1000; }), "regions in a table"));
   CHECK(has(with([](Superblock& s) { s.regions = 3; }), "behind its last entry"));
   CHECK(has(with([](Superblock& s) { s.regions = 5; }), "ends within"));
   CHECK(has(refused(sample(), kDevice - 1), "the device has"));
