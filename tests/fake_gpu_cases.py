@@ -530,3 +530,22 @@ transfer = file.read_into(buffer, wait=False)
 def test_the_interpreter_ends_while_the_gpu_copies(place: Path, data: bytes) -> None:
     for _ in range(3):
         files.output(ENDING, place)
+
+
+def test_catalogs_from_and_to_the_gpu(fake: FakeCuda, tmp_path: Path) -> None:
+    nbytes = 8 * MIB + 4000  # more than a piece, and no whole number of blocks
+    stream = fake.create_stream()
+    for target in (tmp_path / "catalog", "nvme+soft:ram?size=32MiB&lba=4096"):
+        with gpunvme.Catalog.create(target) as catalog, guarded(fake, nbytes) as buffer:
+            buffer.fill(7, stream=stream, delay_us=30_000)
+            region = catalog.add(1, part(buffer, nbytes), record_size=4, stream=stream)
+            buffer.poke(bytes([GUARD]) * buffer.nbytes)
+            assert catalog.verify() == []
+            assert catalog.read_kind(1).numpy().tobytes() == bytes([7]) * region.nbytes
+            catalog.read_kind(1, out=part(buffer, nbytes))
+            assert found(buffer, nbytes) == bytes([7]) * nbytes
+            catalog.replace(1, np.arange(nbytes // 4, dtype=np.uint32))
+            expected = np.arange(nbytes // 4, dtype=np.uint32).tobytes()
+            assert catalog.read_kind(1, device="cuda:1").numpy().tobytes() == expected
+            assert catalog.gather_kind(1, [9, 3], device="cuda:0").numpy().view(np.uint32).ravel().tolist() == [9, 3]
+    fake.destroy_stream(stream)

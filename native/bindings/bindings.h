@@ -5,6 +5,7 @@
 namespace gpunvme {
 
 void bind_baselines(nanobind::module_& module);
+void bind_catalog(nanobind::module_& module);
 void bind_files(nanobind::module_& module);
 void bind_jobs(nanobind::module_& module);
 void bind_memory(nanobind::module_& module);

@@ -8,6 +8,8 @@ from gpunvme import errors
 from gpunvme.errors import (
     AccessDeniedError,
     Cancelled,
+    CatalogChangedError,
+    CatalogError,
     CommandError,
     ControllerError,
     CudaError,
@@ -38,8 +40,9 @@ from gpunvme.paths.base import Verdict
 from gpunvme.transfer import Transfer
 
 if TYPE_CHECKING:
-    from gpunvme import gpu, nvme, tiers
+    from gpunvme import catalog, gpu, nvme, tiers
     from gpunvme import torch as torch
+    from gpunvme.catalog import Catalog
     from gpunvme.models.opening import safe_open
     from gpunvme.models.patch import patch_safetensors
     from gpunvme.models.safetensors import load_file
@@ -53,6 +56,7 @@ except PackageNotFoundError:  # used from a source tree
 
 # Handed out on first use: most programs need only some of them.
 _LAZY = {
+    "Catalog": "gpunvme.catalog",
     "TierManager": "gpunvme.tiers",
     "load_file": "gpunvme.models.safetensors",
     "patch_safetensors": "gpunvme.models.patch",
@@ -65,6 +69,9 @@ __all__ = [
     "AccessDeniedError",
     "Buffer",
     "Cancelled",
+    "Catalog",
+    "CatalogChangedError",
+    "CatalogError",
     "CommandError",
     "ControllerError",
     "CudaError",
@@ -94,6 +101,7 @@ __all__ = [
     "UriError",
     "Verdict",
     "__version__",
+    "catalog",
     "errors",
     "gpu",
     "load_file",
@@ -108,7 +116,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"gpu", "nvme", "tiers", "torch"}:
+    if name in {"catalog", "gpu", "nvme", "tiers", "torch"}:
         return import_module("gpunvme." + name)
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)

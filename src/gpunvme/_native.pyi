@@ -220,3 +220,55 @@ def direct_read(path: str, address: int, nbytes: int, chunk: int, depth: int) ->
 def direct_write(path: str, address: int, nbytes: int, chunk: int, depth: int) -> float: ...
 def direct_read_random(path: str, address: int, offsets: NDArray[np.int64], each: int, depth: int) -> float: ...
 def h2d_ceiling(device: int, nbytes: int) -> float: ...
+
+# --- catalogs: native/catalog says what they mean
+
+CATALOG: dict[str, int]
+
+class CatalogSuperblock:
+    id: bytes
+    generation: int
+    alignment: int
+    capacity: int
+    table_offset: int
+    table_bytes: int
+    table_crc32: int
+    regions: int
+    def __init__(self) -> None: ...
+    def serialise(self) -> bytes: ...
+
+class CatalogRegion:
+    kind: int
+    offset: int
+    nbytes: int
+    record_bytes: int
+    crc32: int
+    dtype: str
+    shape: Sequence[int]
+    name: str
+    def __init__(self) -> None: ...
+
+class CatalogSpace:
+    def __init__(self, end: int, alignment: int) -> None: ...
+    def add(self, superblock: CatalogSuperblock, regions: Sequence[CatalogRegion]) -> None: ...
+    def take(self, nbytes: int) -> int | None: ...
+    def longest(self) -> int: ...
+
+def catalog_superblocks(
+    first: bytes, second: bytes, device_bytes: int
+) -> tuple[
+    CatalogSuperblock | None,
+    CatalogSuperblock | None,
+    tuple[int, str] | None,
+    tuple[tuple[int, str] | None, tuple[int, str] | None],
+    bool,
+]: ...
+def catalog_table(
+    data: bytes, superblock: CatalogSuperblock, device_bytes: int
+) -> tuple[list[CatalogRegion] | None, tuple[int, str] | None]: ...
+def catalog_check(
+    regions: Sequence[CatalogRegion], superblock: CatalogSuperblock, device_bytes: int
+) -> tuple[int, str] | None: ...
+def catalog_table_bytes(regions: Sequence[CatalogRegion]) -> int: ...
+def catalog_serialise_table(regions: Sequence[CatalogRegion], generation: int) -> bytes: ...
+def catalog_crc32(data: bytes) -> int: ...

@@ -78,6 +78,26 @@ class FormatError(Error, ValueError):
         self.tensor = tensor
 
 
+class CatalogError(Error, ValueError):
+    """A catalog is damaged, is none, or does not have or take what was asked for.
+
+    ``reason`` is the bare reason, ``filename`` the target's name, ``offset`` the byte on it where something is wrong;
+    the last two may be None.
+    """
+
+    def __init__(self, reason: str, *, filename: str | None = None, offset: int | None = None) -> None:
+        where = [filename] if filename is not None else []
+        where += [f"offset {offset}"] if offset is not None else []
+        super().__init__(f"{reason} ({', '.join(where)})" if where else reason)
+        self.reason = reason
+        self.filename = filename
+        self.offset = offset
+
+
+class CatalogChangedError(CatalogError):
+    """A catalog was changed so often that what was just read may be somebody else's: `Catalog.refresh`, read again."""
+
+
 class PathError(Error):
     """A path that was asked for by name cannot carry this transfer; the message says why."""
 

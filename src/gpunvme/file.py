@@ -55,7 +55,8 @@ class File:
     """An open file, between which and memory bytes are moved. A context manager.
 
     Several threads may use one `File`; a forked child may read into host memory with it. Made by `open`; ``name`` is
-    what a file that is opened by its descriptor is called in errors.
+    what a file that is opened by its descriptor is called in errors, and ``claimed`` says that its descriptor is a
+    block device's that nobody else uses and that may be written (`nvme.block_claim`).
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class File:
         *,
         path: str = "auto",
         name: str | None = None,
+        claimed: bool = False,
     ) -> None:
         if mode not in ("r", "r+", "w"):
             raise ValueError(f"mode {mode!r}: use 'r', 'r+' or 'w'")
@@ -76,7 +78,7 @@ class File:
         self.last_transfer: Transfer | None = None
         if isinstance(source, int):
             self._name = f"<file descriptor {source}>" if name is None else name
-            self._native = open_descriptor(source, self._name, mode)
+            self._native = open_descriptor(source, self._name, mode, claimed=claimed)
         elif is_namespace(source):
             opened = open_namespace(source, mode)
             self._native, self._name = opened, opened.namespace.name
@@ -113,6 +115,16 @@ class File:
     def fileno(self) -> int:
         """File descriptor, for questions about the file; it belongs to this object."""
         return self._file.fileno()
+
+    def flush(self) -> None:
+        """Wait until everything that was written is on the drive.
+
+        Raises
+        ------
+        FileError, NvmeError
+            If some of it may not be.
+        """
+        sync_source(self._file, self._name)
 
     def close(self) -> None:
         """Close it. Transfers in flight keep what they need; those of a namespace end with its controller."""

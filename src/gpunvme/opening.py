@@ -13,6 +13,8 @@ from gpunvme.paths.base import Source
 from gpunvme.paths.nvme import NamespaceSource
 from gpunvme.transfer import raise_native
 
+_NO_BLOCK_DEVICES = "block devices are written as catalogs only (gpunvme.Catalog.create)"
+
 
 def open_path(name: str, mode: str) -> _native.SourceFile:
     """Open a file by its name."""
@@ -20,7 +22,7 @@ def open_path(name: str, mode: str) -> _native.SourceFile:
         raise ValueError("embedded null byte")
     try:
         if mode != "r" and stat.S_ISBLK(os.stat(name).st_mode):
-            raise FileError(errno.EPERM, "this release does not write to block devices", name)
+            raise FileError(errno.EPERM, _NO_BLOCK_DEVICES, name)
     except OSError as error:
         if isinstance(error, FileError):
             raise
@@ -31,8 +33,8 @@ def open_path(name: str, mode: str) -> _native.SourceFile:
         raise_native(failure)
 
 
-def open_descriptor(fd: int, name: str, mode: str) -> _native.SourceFile:
-    """Use a descriptor, of which a duplicate is made."""
+def open_descriptor(fd: int, name: str, mode: str, *, claimed: bool = False) -> _native.SourceFile:
+    """Use a descriptor, of which a duplicate is made; ``claimed``: of a block device that may be written."""
     again = None
     try:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -53,8 +55,8 @@ def open_descriptor(fd: int, name: str, mode: str) -> _native.SourceFile:
             os.close(again)
     if mode != "r" and not file.writable:
         raise FileError(errno.EBADF, f"mode {mode!r} needs a descriptor that is open for reading and writing", name)
-    if mode != "r" and file.is_block_device:
-        raise FileError(errno.EPERM, "this release does not write to block devices", name)
+    if mode != "r" and file.is_block_device and not claimed:
+        raise FileError(errno.EPERM, _NO_BLOCK_DEVICES, name)
     if mode == "w":
         os.ftruncate(fd, 0)
     return file

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import gpunvme
-from gpunvme.cli import nvme, nvme_devices, tier
+from gpunvme.cli import catalog, nvme, nvme_devices, tier
 from gpunvme.cli.bench import bench
 from gpunvme.cli.copy import copy
 from gpunvme.cli.demo import demo
@@ -70,7 +70,7 @@ def _forget_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
 
 
-for _command in (demo, load, copy, info, bench, doctor):
+for _command in (demo, load, copy, catalog.pack, info, bench, doctor):
     app.command(epilog=EPILOG)(_reported(_command))
 
 
@@ -96,6 +96,10 @@ for _of_tiers in (
 ):
     _tier.command(epilog=EPILOG)(_reported(_of_tiers))
 app.add_typer(_tier, name="tier")
+_catalog = typer.Typer(no_args_is_help=True, help="Named regions in one file or on one device.", epilog=EPILOG)
+for _of_catalogs in (catalog.ls, catalog.verify, catalog.rm):
+    _catalog.command(epilog=EPILOG)(_reported(_of_catalogs))
+app.add_typer(_catalog, name="catalog")
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from gpunvme.errors import (
     Cancelled,
+    CatalogError,
     CudaError,
     DeadlineExceeded,
     Error,
@@ -74,6 +75,7 @@ def exit_status(error: BaseException) -> Exit:
         (CudaError, Exit.NOT_USABLE),
         (PathError, Exit.NOT_USABLE),
         (FormatError, Exit.BAD_INPUT),
+        (CatalogError, Exit.BAD_INPUT),
         (RangeError, Exit.BAD_INPUT),
         (UriError, Exit.BAD_INPUT),
         (UnsafeDeviceError, Exit.UNSAFE),

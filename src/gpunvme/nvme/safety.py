@@ -106,7 +106,7 @@ class Claim:
         machine = self._machine
         for name in self.namespaces:
             tree = device_tree(name, machine)
-            in_use = [*_mounts(tree, machine), *_swaps(tree, machine), *_holders(tree, machine)]
+            in_use = uses_of(name, machine)
             yield from in_use
             # Before our own descriptor is one of those that are open.
             yield from _open_files(self.address, name, tree, machine)
@@ -179,6 +179,12 @@ def device_tree(name: str, machine: Machine) -> dict[str, str]:
         waiting += machine.names(f"{where}/holders")
         waiting += [entry for entry in machine.names(where) if machine.exists(f"{where}/{entry}/partition")]
     return dict(sorted(found.items()))
+
+
+def uses_of(name: str, machine: Machine) -> list[Hazard]:
+    """Return what the kernel uses a block device, its partitions and the volumes on them for."""
+    tree = device_tree(name, machine)
+    return [*_mounts(tree, machine), *_swaps(tree, machine), *_holders(tree, machine)]
 
 
 def _volume(name: str, machine: Machine) -> str:
