@@ -18,6 +18,7 @@ DEPTHS = (16, 64)
 OURS = "gpunvme"
 KVIKIO = "KvikIO, 16 threads × 16 MiB"
 KVIKIO_DIRECT = "KvikIO, the same, O_DIRECT"
+CUFILE = "gpunvme by cufile/compat"  # what our own path has to be faster than
 FROMFILE = "numpy.fromfile, .to('cuda')"
 MEMMAP = "numpy.memmap, .to('cuda')"
 LIMITS = "limits"
@@ -25,6 +26,7 @@ ADAPTERS = {
     OURS: ("ours:Gpunvme", {}),
     KVIKIO: ("peers:Kvikio", {"threads": 16, "task": 16 * MIB}),
     KVIKIO_DIRECT: ("peers:Kvikio", {"threads": 16, "task": 16 * MIB, "direct": True}),
+    CUFILE: ("ours:Gpunvme", {"path": "cufile/compat"}),
     FROMFILE: ("peers:NumpyTorch", {"way": "fromfile"}),
     MEMMAP: ("peers:NumpyTorch", {"way": "memmap"}),
     LIMITS: ("ours:Limits", {}),
@@ -57,6 +59,7 @@ def measure_hot(session: Session, path: str, nbytes: int, part: int) -> None:
         [
             session.contestant(OURS, "ours", **read),
             session.contestant(KVIKIO, "peer", **read),
+            session.contestant(CUFILE, "peer", **read),
             session.contestant(FROMFILE, "peer", **slow),
             session.contestant(MEMMAP, "peer", **slow),
             session.contestant(
@@ -108,6 +111,7 @@ def measure_not_cached(session: Session, path: str, nbytes: int) -> None:
         if state == "cold":
             members += [
                 session.contestant(KVIKIO_DIRECT, "peer", **read),
+                session.contestant(CUFILE, "peer", **read),
                 session.contestant(MEMMAP, "peer", **read),
             ]
         else:
@@ -154,6 +158,7 @@ def measure_writes(session: Session, nbytes: int) -> None:
             session.contestant(OURS, "ours", "write", **write),
             session.contestant(KVIKIO, "peer", "write", **write),
             session.contestant(KVIKIO_DIRECT, "peer", "write", **write),
+            session.contestant(CUFILE, "peer", "write", **write),
             session.contestant("tensor.cpu().numpy().tofile()", "peer", "write", worker=FROMFILE, **write),
             *(
                 session.contestant(

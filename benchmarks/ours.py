@@ -19,8 +19,9 @@ MIB = 1 << 20
 class Gpunvme:
     """This library, as a user calls it."""
 
-    def __init__(self, device: str = "cuda:0") -> None:
+    def __init__(self, device: str = "cuda:0", path: str = "auto") -> None:
         self._device = device
+        self._path = path
         self._to: Destination | None = None
         self._kept: gpunvme.File | None = None
 
@@ -30,7 +31,7 @@ class Gpunvme:
         return self._to
 
     def about(self) -> dict[str, Any]:
-        return {"version": gpunvme.__version__, "settings": "none: it has no settings"}
+        return {"version": gpunvme.__version__, "settings": "none" if self._path == "auto" else f"path={self._path}"}
 
     def prepare(self, nbytes: int) -> None:
         """Make the CUDA context and the destination: neither is part of a transfer."""
@@ -44,7 +45,7 @@ class Gpunvme:
     def read(self, path: str, nbytes: int) -> dict[str, Any]:
         part = self._destination.part(0, nbytes)
         start = time.perf_counter()
-        with gpunvme.open(path) as file:
+        with gpunvme.open(path, path=self._path) as file:
             done = file.read_into(part)
             seconds = time.perf_counter() - start
         return {"seconds": seconds, "nbytes": nbytes, "path": done.path, "reason": done.reason}
@@ -55,7 +56,7 @@ class Gpunvme:
     def write(self, path: str, nbytes: int) -> dict[str, Any]:
         part = self._destination.part(0, nbytes)
         start = time.perf_counter()
-        with gpunvme.open(path, "w") as file:
+        with gpunvme.open(path, "w", path=self._path) as file:
             done = file.write_from(part, fsync=True)
         return {
             "seconds": time.perf_counter() - start,
@@ -72,7 +73,7 @@ class Gpunvme:
             self._kept.close()
             self._kept = None
         start = time.perf_counter()
-        file = self._kept if self._kept is not None else gpunvme.open(path)
+        file = self._kept if self._kept is not None else gpunvme.open(path, path=self._path)
         try:
             file.gather(offsets, block, out=part)
             seconds = time.perf_counter() - start

@@ -116,6 +116,10 @@ class FakeDeviceBuffer:
             self._cuda.control("fake_cuda_free", ptr)
             self._cuda.buffers.discard(self)
 
+    def reallocate(self) -> None:
+        """Freed, and as much allocated at the same address: to the driver it is other memory."""
+        self._cuda.control("fake_cuda_reallocate", self.ptr)
+
     def __enter__(self) -> FakeDeviceBuffer:
         return self
 
@@ -152,6 +156,7 @@ class FakeCuda:
             "fake_cuda_get_counters": (void, [POINTER(Counters)]),
             "fake_cuda_alloc": (result, [c_int, c_size_t, POINTER(c_uint64)]),
             "fake_cuda_free": (result, [c_uint64]),
+            "fake_cuda_reallocate": (result, [c_uint64]),
             "fake_cuda_stream_create": (result, [c_int, c_uint, POINTER(c_void_p)]),
             "fake_cuda_stream_destroy": (result, [c_void_p]),
             "fake_cuda_stream_synchronize": (result, [c_int, c_void_p]),

@@ -59,7 +59,7 @@ void bind_files(nb::module_& module) {
     }
   });
 
-  nb::class_<SourceFile>(module, "SourceFile")
+  nb::class_<SourceFile>(module, "SourceFile", nb::is_weak_referenceable())
       .def_static(
           "open",
           [](nb::bytes path, const std::string& mode) {

@@ -173,6 +173,14 @@ int fake_cuda_free(uint64_t pointer) {
   return release_allocation(pointer);
 }
 
+int fake_cuda_reallocate(uint64_t pointer) {
+  ControlCall call;
+  const auto found = state().allocations.find(pointer);
+  if (found == state().allocations.end()) return kInvalidValue;
+  found->second.id = state().next_buffer_id++;
+  return kCudaSuccess;
+}
+
 int fake_cuda_stream_create(int device, unsigned flags, void** stream) {
   ControlCall call;
   if (!is_device(device)) return kInvalidDevice;

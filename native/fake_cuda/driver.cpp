@@ -224,6 +224,15 @@ CUresult cuDeviceGetPCIBusId(char* id, int length, CUdevice device) {
   return kCudaSuccess;
 }
 
+CUresult cuDeviceGetUuid(unsigned char* uuid, CUdevice device) {
+  DriverCall call("cuDeviceGetUuid", DriverCall::kInit);
+  if (call.error()) return call.error();
+  if (uuid == nullptr) return kInvalidValue;
+  if (device < 0 || device >= state().device_count) return kInvalidDevice;
+  for (int i = 0; i < 16; ++i) uuid[i] = static_cast<unsigned char>(0xA0 + 16 * device + i);
+  return kCudaSuccess;
+}
+
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   DriverCall call("cuDevicePrimaryCtxRetain", DriverCall::kInit);
   if (call.error()) return call.error();

@@ -107,6 +107,8 @@ FAKE_CUDA_API void fake_cuda_get_counters(FakeCudaCounters* counters);
 // Device memory and streams that belong to the rest of the program. flags: CU_STREAM_NON_BLOCKING is 1.
 FAKE_CUDA_API int fake_cuda_alloc(int device, size_t nbytes, uint64_t* pointer);
 FAKE_CUDA_API int fake_cuda_free(uint64_t pointer);
+// As if it had been freed, and as much allocated at the same address at once: another CU_POINTER_ATTRIBUTE_BUFFER_ID.
+FAKE_CUDA_API int fake_cuda_reallocate(uint64_t pointer);
 FAKE_CUDA_API int fake_cuda_stream_create(int device, unsigned flags, void** stream);
 FAKE_CUDA_API int fake_cuda_stream_destroy(void* stream);
 // Waits as cuStreamSynchronize does. `device` tells whose default stream is meant by handle 0, 1 or 2.

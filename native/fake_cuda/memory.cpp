@@ -132,9 +132,11 @@ CUresult allocate(int device, std::size_t nbytes, std::uint64_t* pointer) {
   }
   if (nbytes <= kMostFilled) std::memset(shadow, kFreshByte, nbytes);
   const auto base = reinterpret_cast<std::uintptr_t>(address);
-  state().allocations.emplace(
-      base,
-      Allocation{.nbytes = nbytes, .mapped = mapped, .device = device, .shadow = static_cast<std::byte*>(shadow)});
+  state().allocations.emplace(base, Allocation{.nbytes = nbytes,
+                                               .mapped = mapped,
+                                               .device = device,
+                                               .id = state().next_buffer_id++,
+                                               .shadow = static_cast<std::byte*>(shadow)});
   owner.used += nbytes;
   *pointer = base;
   return kCudaSuccess;
@@ -268,6 +270,16 @@ CUresult cuPointerGetAttribute(void* data, int attribute, CUdeviceptr pointer) {
   DriverCall call("cuPointerGetAttribute", DriverCall::kInit);
   if (call.error()) return call.error();
   if (data == nullptr) return kInvalidValue;
+  if (attribute == kPointerBufferId || attribute == kPointerLegacyIpc) {
+    const auto* const found = find_allocation(pointer, 1);
+    if (found == nullptr) return kInvalidValue;
+    if (attribute == kPointerBufferId) {
+      *static_cast<std::uint64_t*>(data) = found->second.id;
+    } else {
+      *static_cast<int*>(data) = 1;  // all of it is cuMemAlloc's
+    }
+    return kCudaSuccess;
+  }
   if (attribute != kPointerMemoryType && attribute != kPointerDeviceOrdinal) return kNotSupported;
   unsigned type = kMemoryTypeDevice;
   int device = 0;

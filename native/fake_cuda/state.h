@@ -50,6 +50,8 @@ using CUfunction = struct CUfunc_st*;
 // clang-format on
 FAKE_CUDA_KERNEL_FUNCTIONS(FAKE_CUDA_DECLARE)
 #undef FAKE_CUDA_DECLARE
+// And one that only the cufile paths use.
+FAKE_CUDA_API CUresult cuDeviceGetUuid(unsigned char* uuid, CUdevice device);
 }
 }  // namespace gpunvme
 
@@ -67,6 +69,9 @@ inline constexpr CUresult kNotFound = 500;
 inline constexpr CUresult kAlreadyRegistered = 712;
 inline constexpr CUresult kNotRegistered = 713;
 inline constexpr CUresult kNotSupported = 801;
+
+inline constexpr int kPointerBufferId = 7;    // CU_POINTER_ATTRIBUTE_BUFFER_ID
+inline constexpr int kPointerLegacyIpc = 11;  // CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
 
 inline constexpr int kMaxDevices = 16;
 
@@ -126,6 +131,7 @@ struct Allocation {
   std::size_t nbytes;
   std::size_t mapped;
   int device;
+  std::uint64_t id;   // never used again, unlike the address
   std::byte* shadow;  // where the bytes really are
 };
 
@@ -179,6 +185,7 @@ struct State {
   std::map<std::uintptr_t, Allocation> allocations;
   std::deque<Range> retired;  // reserved addresses of freed device memory, kept from being handed out again
   std::uint64_t retired_nbytes = 0;
+  std::uint64_t next_buffer_id = 1;
   std::map<std::uintptr_t, HostRange> host_ranges;
   std::uint64_t page_locked = 0;
   std::uint64_t page_lock_limit = UINT64_MAX;

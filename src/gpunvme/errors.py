@@ -106,6 +106,14 @@ class CudaError(Error):
     """A CUDA call failed, or CUDA cannot be used here; the message says why."""
 
 
+class CufileError(Error):
+    """cuFile failed, or contradicts itself; ``code`` is its CUfileOpError, or None."""
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class Cancelled(Error):
     """The transfer was cancelled before it was complete."""
 

@@ -17,7 +17,7 @@ from gpunvme.many import carry
 from gpunvme.memory import Buffer, Device, Span, check_gpu_span
 from gpunvme.opening import open_descriptor, open_path, sync_source
 from gpunvme.paths.base import Order, Part, Path, Source
-from gpunvme.paths.choose import HOST, Explanation, check_forced, choose, explain
+from gpunvme.paths.choose import HOST, Explanation, check_forced, explain, pick
 from gpunvme.paths.nvme import NamespaceSource, is_namespace, open_namespace
 from gpunvme.replace import Replacement
 from gpunvme.streams import stream_handle
@@ -148,15 +148,30 @@ class File:
             raise ValueError(f"{self._name!r} is closed")
         return self._native
 
-    def _path(self, device: Device, *, gather: bool = False) -> Path:
+    def _path(
+        self, device: Device, offset: int = 0, nbytes: int | None = None, *, write: bool = False, gather: bool = False
+    ) -> Path:
         path = self._paths.get((device, gather))
         if path is None:
-            path = self._paths[device, gather] = choose(self._file, device, self._forced, gather=gather)
+            path, always = pick(self._file, device, self._forced, offset, nbytes, write=write, gather=gather)
+            if always:
+                self._paths[device, gather] = path
         return path
 
-    def explain(self, device: Any = "cpu") -> Explanation:
-        """Tell for every path whether it can carry bytes between this file and ``device``, and why."""
-        return explain(self._file, Device.parse(device), self._forced)
+    def explain(self, device: Any = "cpu", *, measure: bool = False) -> Explanation:
+        """Tell for every path whether it can carry bytes between this file and ``device``, and why.
+
+        Parameters
+        ----------
+        device
+            The other end.
+        measure
+            Where cuFile can be used: measure it against the ``host`` path now, over a part of this file. It takes
+            seconds, opens cuFile's driver, and is kept on disk: from then on ``path="auto"`` goes by it.
+        """
+        if measure:
+            self._paths.clear()
+        return explain(self._file, Device.parse(device), self._forced, measure=measure)
 
     def read_into(
         self,
@@ -202,7 +217,7 @@ class File:
         offset = operator.index(offset)
         span = checked_span(destination, offset, nbytes, writable=True)
         self._check_range(offset, span.nbytes)
-        path = self._path(span.device)
+        path = self._path(span.device, offset, span.nbytes)
         order = Order(False, span.device, stream_handle(stream, destination, span.device), timeout, not wait)
         if span.device.is_gpu:
             check_gpu_span(span, destination)
@@ -335,7 +350,7 @@ class File:
             raise RangeError(f"no file can have {offset + span.nbytes} bytes")
         if not file.writable:
             raise FileError(errno.EBADF, "the file is open for reading only; use mode 'r+' or 'w'", self._name)
-        path = self._path(span.device)
+        path = self._path(span.device, offset, span.nbytes, write=True)
         order = Order(True, span.device, stream_handle(stream, source, span.device), timeout, not wait)
         if span.device.is_gpu:
             check_gpu_span(span, source)

@@ -122,7 +122,7 @@ def write_parts(parts: Sequence[tuple[File, int, Any]]) -> Transfer:
             check_gpu_span(span, source)
         batch.append(Part(file._file, offset, span))
     order = Order(True, device, stream)
-    movement = (parts[0][0]._path(device) if parts else HOST).begin(order)
+    movement = (parts[0][0]._path(device, write=True) if parts else HOST).begin(order)
     nbytes = sum(part.span.nbytes for part in batch)
     return carry(movement, order, nbytes, (batch, parts), True, None, lambda: movement.add(batch))
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from gpunvme.cufile.library import installed_cufile
 from gpunvme.doctor import Finding, Level, Probes, System, examine
 from gpunvme.doctor.checks_gpu import kernel_option, short_address
 from gpunvme.doctor.checks_kernel import check_limits, count_cpus
 from gpunvme.doctor.checks_memory import memory_limit
 from gpunvme.doctor.mounts import mount_of, parse_mountinfo
-from gpunvme.doctor.probes import installed_cufile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

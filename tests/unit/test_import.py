@@ -30,6 +30,7 @@ OURS = {
     "gpunvme.paths.absent",
     "gpunvme.paths.base",
     "gpunvme.paths.choose",
+    "gpunvme.paths.cufile",
     "gpunvme.paths.gpu_nvme",
     "gpunvme.paths.host",
     "gpunvme.paths.nvme",

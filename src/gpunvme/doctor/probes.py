@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -91,45 +88,6 @@ def _cachestat_works() -> bool:
 
 
 def _cufile_library() -> str | None:
-    return installed_cufile(_ld_so_cache(), _pip_folders())
+    from gpunvme.cufile.library import library_file
 
-
-def installed_cufile(linker_cache: bytes, folders: Sequence[Path]) -> str | None:
-    """Find a libcufile without opening it.
-
-    Parameters
-    ----------
-    linker_cache
-        The bytes of ``/etc/ld.so.cache``.
-    folders
-        Folders to look into as well, such as those of pip packages.
-
-    Returns
-    -------
-    str or None
-        The library's file name, or None if there is none.
-    """
-    for name in linker_cache.split(b"\0"):
-        text = name.decode("utf-8", "replace")
-        if text.startswith("/") and os.path.basename(text).startswith("libcufile.so"):
-            return text
-    for folder in folders:
-        for found in sorted(folder.glob("libcufile.so*")):
-            return str(found)
-    return None
-
-
-def _ld_so_cache() -> bytes:
-    try:
-        return Path("/etc/ld.so.cache").read_bytes()
-    except OSError:
-        return b""
-
-
-def _pip_folders() -> list[Path]:
-    """Return where the nvidia-cufile packages and a CUDA toolkit keep the library."""
-    folders = [Path("/usr/local/cuda/lib64")]
-    spec = importlib.util.find_spec("nvidia")
-    for base in (spec.submodule_search_locations or []) if spec else []:
-        folders += [Path(base) / part / "lib" for part in ("cufile", "cu13", "cu12")]
-    return folders
+    return library_file()

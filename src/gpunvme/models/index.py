@@ -39,14 +39,15 @@ class Checkpoint:
         ``{name: entry}``, ordered by file and by offset within the file.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, path: str = "auto") -> None:
+        self._path = path
         paths, weight_map, index = _resolve(source)
         self.tensors: dict[str, Entry] = {}
         self.filenames = paths
         self._files: list[files.File] = []
         try:
-            for path in self.filenames:
-                self._add(path, index)
+            for name in self.filenames:
+                self._add(name, index)
         except BaseException:
             self.close()
             raise
@@ -56,7 +57,7 @@ class Checkpoint:
     def _add(self, path: str, index: str | None) -> None:
         if index is not None and not os.path.exists(path):
             raise MissingFileError(errno.ENOENT, f"a shard that the index {index!r} names does not exist", path)
-        file = files.open(path)
+        file = files.open(path, path=self._path)
         self._files.append(file)
         for name, info in header.read(file.fileno(), file.size, path).tensors.items():
             if name in self.tensors:

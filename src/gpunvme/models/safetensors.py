@@ -31,6 +31,7 @@ def load_file(
     framework: str | None = None,
     progress: Progress | None = None,
     report: Callable[[Transfer], object] | None = None,
+    path: str = "auto",
 ) -> dict[str, Any]:
     """Load the tensors of a checkpoint.
 
@@ -60,6 +61,8 @@ def load_file(
     report
         Called with each finished `Transfer`: once, or with ``dtype`` once for each staged group; not at all where
         there are no bytes to move.
+    path
+        Name of the path that must carry them, as for `gpunvme.open`.
 
     Returns
     -------
@@ -75,7 +78,7 @@ def load_file(
         A file is missing or cannot be read.
     SpanError
         ``framework="np"`` and a device other than the host.
-    CudaError, Cancelled
+    PathError, CudaError, Cancelled
         As for any movement.
 
     Examples
@@ -85,7 +88,7 @@ def load_file(
     """
     adapter = frameworks.choose(framework, device)
     target = None if dtype is None else adapter.convertible(dtype)
-    with _no_collection(), Checkpoint(source) as checkpoint:
+    with _no_collection(), Checkpoint(source, path) as checkpoint:
         return load_entries(checkpoint.select(keys, filter), adapter, target, progress, report)
 
 

@@ -7,8 +7,4 @@ from __future__ import annotations
 
 from gpunvme.paths.base import Verdict
 
-_WHY = "this release of gpunvme has no code for it"
-
-ABSENT: tuple[Verdict, ...] = tuple(
-    Verdict(name, False, _WHY) for name in ("cufile/nvidia-fs", "cufile/p2pdma", "cufile/compat", "p2pdma")
-)
+ABSENT: tuple[Verdict, ...] = (Verdict("p2pdma", False, "this release of gpunvme has no code for it"),)

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from gpunvme import _native
-from gpunvme.errors import CudaError, PathError
+from gpunvme.errors import CudaError, Error, PathError
 from gpunvme.memory import CPU, Device
 from gpunvme.paths.absent import ABSENT
 from gpunvme.paths.base import NAMES, Path, Source, Verdict
+from gpunvme.paths.cufile import COMPAT, CufilePath
+from gpunvme.paths.cufile import NAMES as CUFILE_NAMES
 from gpunvme.paths.gpu_nvme import GpuNvmePath
 from gpunvme.paths.host import HostPath
 from gpunvme.paths.nvme import NvmePath
 
+if TYPE_CHECKING:
+    from gpunvme.paths.measured import Record
+
 HOST = HostPath()
 # In the order of preference: another one is taken where both were seen, and it was faster.
 PATHS: tuple[Path, ...] = (HOST, NvmePath(), GpuNvmePath())
+# Chosen by measurement alone.
+CUFILE: tuple[CufilePath, ...] = tuple(CufilePath(name, HOST) for name in CUFILE_NAMES)
 _FIRST_GPU = Device("cuda", 0)
+
+# From this size on a read takes longer than it takes to find out which path is the faster one.
+_WORTH_CHOOSING = 1 << 20
+_WORTH_MEASURING = 64 << 20
 
 
 class Explanation:
     """Every path, usable or not, with the reason; prints as a table."""
 
-    def __init__(self, device: Device, verdicts: tuple[Verdict, ...], chosen: str | None) -> None:
+    def __init__(
+        self, device: Device, verdicts: tuple[Verdict, ...], chosen: str | None, measured: str | None = None
+    ) -> None:
         self.device = str(device)
         self.verdicts = verdicts
         self.chosen = chosen
+        self.measured = measured
 
     def __iter__(self) -> Iterator[Verdict]:
         return iter(self.verdicts)
@@ -40,22 +56,30 @@ class Explanation:
             f"{'yes' if verdict.usable else 'no '}  {verdict.reason}"
             for verdict in self.verdicts
         ]
-        return "\n".join(lines)
+        return "\n".join(lines + ([f"   {self.measured}"] if self.measured else []))
 
 
-def explain(file: Source, device: Device, forced: str = "auto") -> Explanation:
-    """Ask every path what it can do."""
-    verdicts = [*(path.verdict(file, device) for path in PATHS), *ABSENT]
+class Choice(NamedTuple):
+    """A path, and whether every transfer between this file and this device shall take it."""
+
+    path: Path
+    always: bool
+
+
+def explain(file: Source, device: Device, forced: str = "auto", *, measure: bool = False) -> Explanation:
+    """Ask every path what it can do; ``measure`` the ones that only a measurement can rank."""
+    measured = _measured(file, device, measure)
+    verdicts = [*(path.verdict(file, device) for path in (*PATHS, *CUFILE)), *ABSENT]
     verdicts.sort(key=lambda verdict: NAMES.index(verdict.path))
     try:
         chosen = choose(file, device, forced).name
     except (PathError, CudaError):
         chosen = None
-    return Explanation(device, tuple(verdicts), chosen)
+    return Explanation(device, tuple(verdicts), chosen, measured)
 
 
 def choose(file: Source, device: Device, forced: str = "auto", *, gather: bool = False) -> Path:
-    """Pick the path for transfers, or for gathers, between a file and a device.
+    """Pick the path for reads of a whole file, or for gathers.
 
     Raises
     ------
@@ -64,8 +88,22 @@ def choose(file: Source, device: Device, forced: str = "auto", *, gather: bool =
     CudaError
         If no path reaches the device.
     """
+    return pick(file, device, forced, 0, None, gather=gather).path
+
+
+def pick(
+    file: Source,
+    device: Device,
+    forced: str,
+    offset: int,
+    nbytes: int | None,
+    *,
+    write: bool = False,
+    gather: bool = False,
+) -> Choice:
+    """Pick the path for one transfer, of ``nbytes`` at ``offset``; None: of the whole file. Raises as `choose`."""
     if forced != "auto":
-        return _forced(file, device, forced)
+        return Choice(_forced(file, device, forced), True)
     usable = [path for path in PATHS if path.verdict(file, device).usable]
     if not usable:
         raise CudaError(f"no path reaches {device}: {_why_not(file, device)}")
@@ -74,7 +112,15 @@ def choose(file: Source, device: Device, forced: str = "auto", *, gather: bool =
         speed, ours = path.speed(file, device, gather=gather), best.speed(file, device, gather=gather)
         if speed is not None and ours is not None and speed > ours:
             best = path
-    return best
+    if best is not HOST or gather or not device.is_gpu or not isinstance(file, _native.SourceFile):
+        return Choice(best, True)
+    contest = _contest(file, device)
+    if contest is None:
+        return Choice(best, True)
+    size = file.size() - offset if nbytes is None else nbytes
+    if write or size < _WORTH_CHOOSING:
+        return Choice(best, False)
+    return Choice(contest.winner(file, device, offset, size), False)
 
 
 def check_forced(file: Source, forced: str) -> None:
@@ -85,6 +131,12 @@ def check_forced(file: Source, forced: str) -> None:
     PathError
         If it cannot, or does not exist.
     """
+    for path in CUFILE:
+        if path.name == forced:  # more would open its driver
+            verdict = path.installed(file)
+            if not verdict.usable:
+                raise PathError(f"path {forced!r} cannot carry this: {verdict.reason}")
+            return
     try:
         choose(file, CPU, forced)
     except PathError:
@@ -98,14 +150,96 @@ def _why_not(file: Source, device: Device) -> str:
 
 
 def _forced(file: Source, device: Device, forced: str) -> Path:
-    for path in PATHS:
+    for path in (*PATHS, *CUFILE):
         if path.name == forced:
+            if isinstance(path, CufilePath) and device.is_gpu and path.installed(file).usable:
+                path.open()  # so that the verdict rests on what the driver says
             verdict = path.verdict(file, device)
             if not verdict.usable:
                 raise PathError(f"path {forced!r} cannot carry this: {verdict.reason}")
-            return path
+            return path.strictly() if isinstance(path, CufilePath) else path
     for verdict in ABSENT:
         if verdict.path == forced:
             raise PathError(f"path {forced!r} cannot carry this: {verdict.reason}")
-    names = ", ".join(repr(name) for name in ["auto", *(path.name for path in PATHS)])
+    names = ", ".join(repr(name) for name in ["auto", *(path.name for path in (*PATHS, *CUFILE))])
     raise PathError(f"there is no path {forced!r}; use one of {names}")
+
+
+# --- cuFile against our own path: by measurement
+
+
+class _Contest:
+    """cuFile against our own path, for one file and device."""
+
+    def __init__(self, rival: CufilePath, record: Record | None) -> None:
+        self._rival = rival
+        self._record = record
+        self._tried = False
+
+    def winner(self, file: _native.SourceFile, device: Device, offset: int, nbytes: int) -> Path:
+        """The path that was measured to be the faster one for a range, as much of it as is in the page cache now."""
+        if self._record is None and not self._tried and nbytes >= _WORTH_MEASURING:
+            from gpunvme.paths import measure
+
+            self._tried = True
+            found = measure.measure(file, device, HOST, self._rival)
+            self._record = None if isinstance(found, str) else found
+        if self._record is None:
+            return HOST
+        hot = min(nbytes, _native.cached_bytes(file.fileno(), offset, nbytes) or 0)
+        return self._rival if self._record.faster(self._rival.name, HOST.name, hot, nbytes - hot) else HOST
+
+
+_contests: weakref.WeakKeyDictionary[_native.SourceFile, dict[Device, _Contest | None]] = weakref.WeakKeyDictionary()
+
+
+def _contest(file: _native.SourceFile, device: Device) -> _Contest | None:
+    """What has to be decided for each transfer; None where it is always our own path."""
+    known = _contests.setdefault(file, {})
+    if device not in known:
+        known[device] = _new_contest(file, device)
+    return known[device]
+
+
+def _new_contest(file: _native.SourceFile, device: Device) -> _Contest | None:
+    rival = _rival(file, device)
+    if rival is None:
+        return None
+    from gpunvme.paths import measure, measured
+
+    try:
+        record = measured.find(measure.key(file, device))
+    except Error:
+        return None
+    if record is None:
+        # Compatibility mode reads into host memory and copies, as our own path does: that it might be faster is not
+        # worth a driver opened, and seconds spent, without being asked. Where somebody had it measured, that counts.
+        return None if rival.name == COMPAT else _Contest(rival, None)
+    if not (record.faster(rival.name, HOST.name, 1, 0) or record.faster(rival.name, HOST.name, 0, 1)):
+        return None
+    return _Contest(rival, record)
+
+
+def _rival(file: _native.SourceFile, device: Device) -> CufilePath | None:
+    """The way that cuFile would go; None where it cannot be used."""
+    return next((path for path in CUFILE if path.verdict(file, device).usable), None)
+
+
+def _measured(file: Source, device: Device, now: bool) -> str | None:
+    """What a measurement said or says, in words; None where there is nothing to measure."""
+    if not device.is_gpu or not isinstance(file, _native.SourceFile):
+        return None
+    rival = _rival(file, device)
+    if rival is None or not HOST.verdict(file, device).usable:
+        return None
+    from gpunvme.paths import measure, measured
+
+    try:
+        found = measure.measure(file, device, HOST, rival) if now else measured.find(measure.key(file, device))
+    except Error as error:
+        return f"not measured: {error}"
+    if now:
+        _contests.pop(file, None)
+    if found is None:
+        return f"host and {rival.name} were not measured here: explain(…, measure=True) does it"
+    return str(found)
