@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from gpunvme import errors
 from gpunvme.errors import (
     AccessDeniedError,
+    BudgetError,
     Cancelled,
     CommandError,
     ControllerError,
@@ -16,6 +17,7 @@ from gpunvme.errors import (
     Error,
     FileError,
     FormatError,
+    LayerError,
     MissingFileError,
     NvmeError,
     PathError,
@@ -40,6 +42,9 @@ from gpunvme.transfer import Transfer
 if TYPE_CHECKING:
     from gpunvme import gpu, nvme, tiers
     from gpunvme import torch as torch
+    from gpunvme.models.gguf import GgufFile
+    from gpunvme.models.layer_sources import LayerSource
+    from gpunvme.models.layers import LayerLoader
     from gpunvme.models.opening import safe_open
     from gpunvme.models.patch import patch_safetensors
     from gpunvme.models.safetensors import load_file
@@ -53,6 +58,9 @@ except PackageNotFoundError:  # used from a source tree
 
 # Handed out on first use: most programs need only some of them.
 _LAZY = {
+    "GgufFile": "gpunvme.models.gguf",
+    "LayerLoader": "gpunvme.models.layers",
+    "LayerSource": "gpunvme.models.layer_sources",
     "TierManager": "gpunvme.tiers",
     "load_file": "gpunvme.models.safetensors",
     "patch_safetensors": "gpunvme.models.patch",
@@ -63,6 +71,7 @@ _LAZY = {
 # Not torch: `from gpunvme import *` must not hide PyTorch's own name.
 __all__ = [
     "AccessDeniedError",
+    "BudgetError",
     "Buffer",
     "Cancelled",
     "CommandError",
@@ -75,6 +84,10 @@ __all__ = [
     "File",
     "FileError",
     "FormatError",
+    "GgufFile",
+    "LayerError",
+    "LayerLoader",
+    "LayerSource",
     "MissingFileError",
     "NvmeError",
     "PathError",
