@@ -588,6 +588,7 @@ def test_closed_while_another_thread_waits_for_a_layer(checkpoint: Path, monkeyp
     assert said == ["the loader was closed while a layer was waited for"]
 
 
+@pytest.mark.timeout(20)
 def test_opened_and_closed_leaves_nothing_open(checkpoint: Path) -> None:
     def opened() -> int:
         links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
@@ -600,7 +601,9 @@ def test_opened_and_closed_leaves_nothing_open(checkpoint: Path) -> None:
             loader[0]
         with pytest.raises(BudgetError):
             gpunvme.LayerLoader(checkpoint, framework="np", budget_host=1)
-    assert opened() <= before
+    del loader
+    gc.collect()
+    files.wait_until(lambda: opened() <= before)  # the engine's threads let go of a file a little later
 
 
 def test_a_forked_child_is_refused_clearly(checkpoint: Path, whole: dict[str, Any]) -> None:

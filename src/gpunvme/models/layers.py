@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Self
 
 from gpunvme import many
@@ -21,58 +20,12 @@ from gpunvme.models.grouping import Group, layers_of
 from gpunvme.models.layer_layout import LayerLayout, allocate, memory_for
 from gpunvme.models.layer_ring import HostCopy, Ring, Slot, StreamOrder
 from gpunvme.models.layer_sources import OpenSource
+from gpunvme.models.layer_stats import LayerStats
 from gpunvme.streams import stream_handle
-from gpunvme.transfer import Transfer, format_bytes, format_seconds
+from gpunvme.transfer import format_bytes
 
 # How often `close` stops what another thread waits for, in seconds.
 _LOOK = 0.01
-
-
-@dataclass
-class LayerStats:
-    """What a loader has done so far.
-
-    Attributes
-    ----------
-    layers
-        Layers handed out.
-    hits
-        How many of them were where: ``"device"`` (stayed in the device's memory, or still in a slot), ``"host"``
-        (copied from page-locked host memory), ``"source"`` (read).
-    read_bytes
-        Bytes read from the source for layers that were handed out or that stay.
-    copied_bytes
-        Bytes copied from page-locked host memory.
-    waited_seconds
-        Time that the consumer waited for layers, in seconds.
-    paths
-        Bytes of each source by the path that carried them, as the transfers report it.
-    reasons
-        How the latest bytes of each source travelled.
-    """
-
-    layers: int = 0
-    hits: Counter[str] = field(default_factory=Counter)
-    read_bytes: int = 0
-    copied_bytes: int = 0
-    waited_seconds: float = 0.0
-    paths: dict[str, Counter[str]] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        where = ", ".join(f"{count} {tier}" for tier, count in sorted(self.hits.items()))
-        ways = sorted({path for paths in self.paths.values() for path in paths})
-        return (
-            f"{self.layers} layers ({where}); {format_bytes(self.read_bytes)} read by {', '.join(ways) or 'nothing'}, "
-            f"{format_bytes(self.copied_bytes)} copied from host memory; "
-            f"waited {format_seconds(self.waited_seconds)}"
-        )
-
-    def _add(self, layer: LayerLayout, transfer: Transfer) -> None:
-        for run in layer.runs:
-            self.read_bytes += run.nbytes
-            self.paths.setdefault(run.filename, Counter())[transfer.path] += run.nbytes
-            self.reasons[run.filename] = transfer.reason
 
 
 class Layer:
@@ -280,7 +233,7 @@ class LayerLoader:
                     with _noted(layer):
                         parts = layer.parts(base, where, owner)
                         on = stream if where.is_gpu else None
-                        self._stats._add(layer, many.read_many(parts, stream=on, timeout=self._timeout))
+                        self._stats.add(layer, many.read_many(parts, stream=on, timeout=self._timeout))
 
     # --- what there is
 
@@ -416,7 +369,7 @@ class LayerLoader:
         if self._closing:
             raise LayerError("the loader was closed while a layer was waited for")
         if transfer is not None and fresh:
-            self._stats._add(layer, transfer)
+            self._stats.add(layer, transfer)
 
     def _follows(self, index: int) -> bool:
         last = -1 if self._last is None else self._last
