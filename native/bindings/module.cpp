@@ -8,6 +8,7 @@ NB_MODULE(_native, module) {
   module.doc() = "The engine of gpunvme. Not a public interface: use gpunvme.";
   gpunvme::bind_files(module);
   gpunvme::bind_catalog(module);
+  gpunvme::bind_hand_over(module);
   gpunvme::bind_jobs(module);
   gpunvme::bind_memory(module);
   gpunvme::bind_nvme(module);

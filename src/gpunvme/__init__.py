@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from gpunvme import errors
 from gpunvme.errors import (
     AccessDeniedError,
+    BudgetError,
     Cancelled,
     CatalogChangedError,
     CatalogError,
@@ -19,6 +20,7 @@ from gpunvme.errors import (
     Error,
     FileError,
     FormatError,
+    LayerError,
     MissingFileError,
     NvmeError,
     PathError,
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
     from gpunvme import catalog, gpu, nvme, tiers
     from gpunvme import torch as torch
     from gpunvme.catalog import Catalog
+    from gpunvme.models.gguf import GgufFile
+    from gpunvme.models.layer_sources import LayerSource
+    from gpunvme.models.layers import LayerLoader
     from gpunvme.models.opening import safe_open
     from gpunvme.models.patch import patch_safetensors
     from gpunvme.models.safetensors import load_file
@@ -58,6 +63,9 @@ except PackageNotFoundError:  # used from a source tree
 # Handed out on first use: most programs need only some of them.
 _LAZY = {
     "Catalog": "gpunvme.catalog",
+    "GgufFile": "gpunvme.models.gguf",
+    "LayerLoader": "gpunvme.models.layers",
+    "LayerSource": "gpunvme.models.layer_sources",
     "TierManager": "gpunvme.tiers",
     "load_file": "gpunvme.models.safetensors",
     "patch_safetensors": "gpunvme.models.patch",
@@ -68,6 +76,7 @@ _LAZY = {
 # Not torch: `from gpunvme import *` must not hide PyTorch's own name.
 __all__ = [
     "AccessDeniedError",
+    "BudgetError",
     "Buffer",
     "Cancelled",
     "Catalog",
@@ -84,6 +93,10 @@ __all__ = [
     "File",
     "FileError",
     "FormatError",
+    "GgufFile",
+    "LayerError",
+    "LayerLoader",
+    "LayerSource",
     "MissingFileError",
     "NvmeError",
     "PathError",

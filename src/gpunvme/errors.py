@@ -98,6 +98,14 @@ class CatalogChangedError(CatalogError):
     """A catalog was changed so often that what was just read may be somebody else's: `Catalog.refresh`, read again."""
 
 
+class LayerError(Error, RuntimeError):
+    """A layer loader is used as it cannot be: closed, by two at once, in a forked child, or a layer given back."""
+
+
+class BudgetError(Error, ValueError):
+    """A memory budget cannot be kept; the message says how much is needed at least."""
+
+
 class PathError(Error):
     """A path that was asked for by name cannot carry this transfer; the message says why."""
 

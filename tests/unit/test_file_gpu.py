@@ -1,4 +1,4 @@
-"""Files, namespaces and GPU memory, on the libcuda for tests: cases that are in modules of their own.
+"""Files, namespaces, layers and GPU memory, on the libcuda for tests: cases that are in modules of their own.
 
 Each module runs in a process of its own: the engine chooses its libcuda once, and CUDA once used is refused in forked
 children; other tests want neither.
@@ -13,12 +13,13 @@ import pytest
 
 import emulated_gpu_path_cases
 import fake_gpu_cases
+import fake_gpu_layers
 import fake_gpu_path_cases
 import own_process
 
 CASES = [
     pytest.param(module, name, id=name)
-    for module in (fake_gpu_cases, fake_gpu_path_cases, emulated_gpu_path_cases)
+    for module in (fake_gpu_cases, fake_gpu_layers, fake_gpu_path_cases, emulated_gpu_path_cases)
     for name in sorted(vars(module))
     if name.startswith("test_")
 ]

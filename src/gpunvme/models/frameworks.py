@@ -46,11 +46,19 @@ class Framework(Protocol):
     def scratch(self, nbytes: int) -> Any:
         """Allocate page-aligned uint8 staging memory."""
 
+    def view(self, memory: Any, at: int, nbytes: int, dtype: Any, shape: tuple[int, ...]) -> Any:
+        """Return bytes ``at`` to ``at + nbytes`` of `scratch` memory as a tensor."""
+
     def convert(self, destination: Any, first: int, source: Any, dtype: Any) -> None:
         """Convert staged bytes ``source`` of ``dtype`` into ``destination``, from its element ``first`` on."""
 
     def finish(self) -> None:
         """Wait until every `convert` has been carried out."""
+
+
+def has_torch() -> bool:
+    """Whether torch is installed."""
+    return importlib.util.find_spec("torch") is not None
 
 
 def choose(framework: str | None, device: Any) -> Framework:
@@ -66,7 +74,7 @@ def choose(framework: str | None, device: Any) -> Framework:
         torch cannot use that GPU.
     """
     if framework is None:
-        framework = "pt" if importlib.util.find_spec("torch") is not None else "np"
+        framework = "pt" if has_torch() else "np"
     where = Device.parse("cpu" if device is None else device)
     if framework in ("pt", "torch", "pytorch"):
         return _Torch(where)
@@ -168,6 +176,9 @@ class _Torch:
             return self._mapped(nbytes, 0)
         return self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._device)
 
+    def view(self, memory: Any, at: int, nbytes: int, dtype: Any, shape: tuple[int, ...]) -> Any:
+        return memory[at : at + nbytes].view(dtype).view(shape)
+
     def convert(self, destination: Any, first: int, source: Any, dtype: Any) -> None:
         values = source.view(dtype)
         destination.view(-1)[first : first + values.numel()].copy_(values)
@@ -224,6 +235,9 @@ class _Numpy:
 
     def scratch(self, nbytes: int) -> Any:
         return self._numpy.frombuffer(_host_memory(nbytes, 0)[0], self._numpy.uint8, nbytes)
+
+    def view(self, memory: Any, at: int, nbytes: int, dtype: Any, shape: tuple[int, ...]) -> Any:
+        return memory[at : at + nbytes].view(dtype).reshape(shape)
 
     def convert(self, destination: Any, first: int, source: Any, dtype: Any) -> None:
         values = source.view(dtype)

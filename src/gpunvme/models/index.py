@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, Self
 
 from gpunvme import file as files
 from gpunvme.errors import FileError, FormatError, MissingFileError
-from gpunvme.models import header
+from gpunvme.models import gguf_header, header
 from gpunvme.models.header import MAX_HEADER_BYTES, TensorInfo
 
 #: What `load_file` takes as its source.
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d+)-of-(?P<count>\d+)\.(?:safetensors|gguf)")
 
 
 class Entry(NamedTuple):
@@ -33,6 +33,13 @@ class Entry(NamedTuple):
 class Checkpoint:
     """The open files of a checkpoint and every tensor in them. A context manager.
 
+    Parameters
+    ----------
+    source
+        As for `load_file`.
+    path
+        Name of the path that must carry every transfer, as for `gpunvme.open`.
+
     Attributes
     ----------
     tensors
@@ -40,8 +47,8 @@ class Checkpoint:
     """
 
     def __init__(self, source: Source, path: str = "auto") -> None:
-        self._path = path
         paths, weight_map, index = _resolve(source)
+        self._forced = path
         self.tensors: dict[str, Entry] = {}
         self.filenames = paths
         self._files: list[files.File] = []
@@ -57,9 +64,9 @@ class Checkpoint:
     def _add(self, path: str, index: str | None) -> None:
         if index is not None and not os.path.exists(path):
             raise MissingFileError(errno.ENOENT, f"a shard that the index {index!r} names does not exist", path)
-        file = files.open(path, path=self._path)
+        file = files.open(path, path=self._forced)
         self._files.append(file)
-        for name, info in header.read(file.fileno(), file.size, path).tensors.items():
+        for name, info in _tensors(file, path).items():
             if name in self.tensors:
                 other = self.tensors[name].filename
                 raise FormatError(f"the tensor is in {other!r} as well", filename=path, tensor=name)
@@ -96,6 +103,14 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _tensors(file: files.File, filename: str) -> dict[str, TensorInfo]:
+    """Every tensor of one file, by the header that the file begins with."""
+    descriptor, size = file.fileno(), file.size
+    if filename.endswith(".gguf") or gguf_header.is_gguf(descriptor, filename):
+        return gguf_header.read(descriptor, size, filename).tensors
+    return header.read(descriptor, size, filename).tensors
 
 
 def _names(keys: Iterable[str]) -> dict[str, None]:
@@ -137,9 +152,9 @@ def _in_directory(directory: Path) -> Path:
 
 
 def _all_shards(directory: Path) -> list[Path]:
-    paths = sorted(directory.glob("*.safetensors"))
+    paths = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.gguf"))
     if not paths:
-        raise MissingFileError(errno.ENOENT, "no *.safetensors in this directory", str(directory))
+        raise MissingFileError(errno.ENOENT, "no *.safetensors and no *.gguf in this directory", str(directory))
     parts: dict[tuple[str, str], set[int]] = {}
     for path in paths:
         if match := _PART.fullmatch(path.name):
@@ -147,7 +162,7 @@ def _all_shards(directory: Path) -> list[Path]:
     for (stem, count), numbers in parts.items():
         if len(numbers) != int(count):  # without an index, a missing shard would go unnoticed
             raise FormatError(
-                f"{len(numbers)} of the {int(count)} shards {stem}-*-of-{count}.safetensors are there",
+                f"{len(numbers)} of the {int(count)} shards {stem}-*-of-{count}{paths[0].suffix} are there",
                 filename=str(directory),
             )
     return paths

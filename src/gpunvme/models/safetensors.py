@@ -1,4 +1,4 @@
-"""Checkpoints in the safetensors format, loaded whole: one movement from any number of files into many tensors."""
+"""Checkpoints, safetensors or GGUF, loaded whole: one movement from any number of files into many tensors."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def load_file(
     Parameters
     ----------
     source
-        A ``*.safetensors`` file, a ``*.index.json``, a list of shards, or a directory: in it
-        ``model.safetensors``, else the index, else every ``*.safetensors``.
+        A ``*.safetensors`` or ``*.gguf`` file, a ``*.index.json``, a list of shards, or a directory: in it
+        ``model.safetensors``, else the index, else every ``*.safetensors``, else every ``*.gguf``.
     device
         Where the tensors shall be: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, an int or a `torch.device`.
     keys
@@ -67,7 +67,8 @@ def load_file(
     Returns
     -------
     dict
-        ``{name: tensor}`` in the order of the files' bytes.
+        ``{name: tensor}`` in the order of the files' bytes. Of a GGUF file's quantised types (Q4_K and the like)
+        tensors are the blocks as they are: uint8, the last dimension the bytes of a row; `GgufFile` says which type.
 
     Raises
     ------
