@@ -143,9 +143,9 @@ TEST(many_threads_and_few_frames_and_everybody_reads_its_own_words) {
   for (const std::uint64_t sets : {1, 3}) {
     Machine machine({.sets = sets, .entries = 8});
     const std::uint64_t before = machine.reads();
-    read_at_random(machine, 6, rounds(250), kSize / 8);
+    read_at_random(machine, 6, rounds(120), kSize / 8);
     using Counters = gpunvme::CacheCounters;
-    CHECK_EQ(machine.total(&Counters::hits) + machine.total(&Counters::misses), 6u * rounds(250));
+    CHECK_EQ(machine.total(&Counters::hits) + machine.total(&Counters::misses), 6u * rounds(120));
     CHECK_EQ(machine.reads() - before, machine.total(&Counters::loads));
     CHECK_EQ(machine.total(&Counters::loads) - machine.total(&Counters::evictions) <= 8 * sets, true);
     CHECK(machine.total(&Counters::evictions) > 0);
@@ -163,10 +163,10 @@ TEST(what_fits_is_read_once_however_many_ask) {
 }
 
 TEST(lines_of_all_sizes_are_read_by_one_command_or_several) {
-  for (const std::uint32_t shift : {12, 13, 16}) {
-    for (const std::uint32_t each : {1, 4, 16}) {
+  for (const std::uint32_t shift : {12, 16}) {
+    for (const std::uint32_t each : {1, 16}) {
       Machine machine({.sets = 1, .line_shift = shift, .pages_per_slot = each});
-      read_at_random(machine, 3, rounds(20), kSize / 8);
+      read_at_random(machine, 2, rounds(10), kSize / 8);
     }
   }
 }
@@ -193,7 +193,7 @@ TEST(an_array_begins_and_ends_where_it_was_said_to) {
 TEST(late_and_strange_completions_harm_nobody) {
   for (const char* faults : {"reorder@0.5", "duplicate-cqe@0.3,unknown-cid@0.3", "torn-cqe@0.2", "delay:2@0.1"}) {
     Machine machine({.faults = faults, .sets = 1});
-    read_at_random(machine, 4, rounds(80), kSize / 8);
+    read_at_random(machine, 4, rounds(30), kSize / 8);
   }
 }
 
@@ -203,7 +203,7 @@ TEST(a_read_that_failed_is_told_to_all_who_wait_and_is_never_data) {
   for (unsigned thread = 0; thread < 6; ++thread) {
     all.start([&machine, thread] {
       const CachedArray<std::uint64_t> array(&machine.cache);
-      for (unsigned i = 0; i < rounds(30); ++i) {
+      for (unsigned i = 0; i < rounds(10); ++i) {
         std::uint64_t value = 0x5a5a;
         const Outcome outcome = array.read(i % 3 * 512 + thread, value);
         CHECK_EQ(outcome.fate, Fate::kDone);
@@ -232,7 +232,7 @@ TEST(some_reads_fail_and_the_others_are_right) {
     all.start([&machine, thread] {
       const CachedArray<std::uint64_t> array(&machine.cache);
       check::Random random(thread + 1);
-      for (unsigned i = 0; i < rounds(150); ++i) {
+      for (unsigned i = 0; i < rounds(60); ++i) {
         const std::uint64_t at = random.below(kSize / 8);
         std::uint64_t value = 0;
         if (array.read(at, value).ok()) CHECK_EQ(value, at);

@@ -14,8 +14,9 @@
 // A read that failed is not kept: it is told to all who waited for it, and tried anew by who asks later. Without
 // anybody to ask for the Outcome, array[i] is T{}, and the first failure is kept for Python to raise.
 //
-// A thread that holds lines and asks for others may find all frames of a set held, by itself or by others who wait like
-// it: it is told kFull when the deadline of a command has passed. So hold few lines: one at a time is always safe.
+// Who holds lines and asks for others may find all frames of a set held, by itself or by others who wait like it: it is
+// told kFull when nobody has got on for as long as a command may take. The lanes of a warp wait for each other, so what counts is what
+// a warp holds: one line at a time for all its lanes is always safe; a line for each lane needs a cache of many sets.
 //
 // Elements have 1, 2, 4, 8 or 16 bytes, and so lie in one line. C++17, for nvcc and NVRTC, sm_75 and later.
 #pragma once
@@ -115,6 +116,15 @@ GPUNVME_DEVICE void serve(const Lanes& lanes, const PageCache& cache, std::uint3
   std::uint64_t line = 0;
   Step step = next(line) ? Step::kLook : Step::kNone;
   std::uint64_t give_up = now_ns() + queue.timeout_ns;
+  std::uint64_t seen = 0;
+  // At the end of a deadline: whether nobody else has got on either, as `moved` tells. Then waiting is in vain.
+  const auto is_in_vain = [&](std::uint64_t moved, std::uint64_t wait_ns) {
+    if (moved == seen) return true;
+    seen = moved;
+    give_up = now_ns() + wait_ns;
+    return false;
+  };
+  const auto completed = [&] { return Near(queue.pair.state().completed).load_relaxed(); };
   std::uint32_t frame = PageFrames::kNoFrame;
   std::uint32_t loaded = 0;  // blocks of the line
   std::uint32_t tries = 0;
@@ -146,7 +156,7 @@ GPUNVME_DEVICE void serve(const Lanes& lanes, const PageCache& cache, std::uint3
       } else if (look == Look::kMine || look == Look::kLoading) {
         step = Step::kWait;
         give_up = now_ns() + patience_ns;
-      } else if (now_ns() > give_up) {
+      } else if (now_ns() > give_up && is_in_vain(frames.turn(line), queue.timeout_ns)) {
         failure = Failure::word({Fate::kFull, 0, 0}, 0);
         frame = PageFrames::kNoFrame;
         over = true;
@@ -170,7 +180,7 @@ GPUNVME_DEVICE void serve(const Lanes& lanes, const PageCache& cache, std::uint3
       outcome = {submit(queue, token, kRead, cache.lba + at, blocks), 0, 0};
       submitted = outcome.fate == Fate::kDone;
       failed = !submitted;
-    } else if (wants && (pair.stopped() || now_ns() > give_up)) {
+    } else if (wants && (pair.stopped() || (now_ns() > give_up && is_in_vain(completed(), queue.timeout_ns)))) {
       outcome = {pair.stopped() ? Fate::kStopped : Fate::kFull, 0, 0};
       failed = true;
     }
@@ -217,7 +227,7 @@ GPUNVME_DEVICE void serve(const Lanes& lanes, const PageCache& cache, std::uint3
     if (step == Step::kWait) {
       const Look look = frames.look(frame, failure);
       over = look != Look::kLoading;
-      if (!over && now_ns() > give_up) {
+      if (!over && now_ns() > give_up && is_in_vain(completed(), patience_ns)) {
         failure = Failure::word({Fate::kTimeout, 0, 0}, 0);
         over = true;
       }

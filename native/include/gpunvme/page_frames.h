@@ -30,7 +30,7 @@ class PageFrames {
   // Of a set; both are used by who loads, not by who finds.
   struct Control {
     Atomic<std::uint32_t> lock;
-    Atomic<std::uint32_t> hand;  // of the clock
+    Atomic<std::uint32_t> hand;  // of the clock, and above its place how often a frame was given out
   };
 
   // `words` and `failures` have one entry a frame, `controls` one a set; all zeroed.
@@ -111,6 +111,11 @@ class PageFrames {
     Near(words_[frame]).add_release(kFailedState - kLoadingState);
   }
 
+  // Another number whenever a frame of the line's set was given out.
+  GPUNVME_DEVICE std::uint32_t turn(std::uint64_t line) const {
+    return Near(controls_[set_of(line)].hand).load_relaxed();
+  }
+
   // What has become of a line that the caller has pinned: kReady, kLoading, or kAbsent with the reason.
   GPUNVME_DEVICE Look look(std::uint32_t frame, std::uint64_t& failure) const {
     const std::uint64_t state = Near(words_[frame]).load_acquire() & kState;
@@ -164,6 +169,8 @@ class PageFrames {
                            bool& evicted) const {
     const std::uint64_t first = set * kWays;
     const std::uint64_t name = line << kLineAt | count * kPin | kLoadingState;
+    Near hand(controls_[set].hand);
+    const std::uint32_t before = hand.load_relaxed();
     for (std::uint32_t way = 0; way < kWays; ++way) {
       Near word(words_[first + way]);
       std::uint64_t seen = word.load_relaxed();
@@ -172,10 +179,10 @@ class PageFrames {
       if (!word.compare_exchange_acquire(seen, name)) continue;
       frame = static_cast<std::uint32_t>(first + way);
       evicted = false;
+      hand.store_relaxed(before + kWays);
       return true;
     }
-    Near hand(controls_[set].hand);
-    std::uint32_t way = hand.load_relaxed();
+    std::uint32_t way = before % kWays;
     for (std::uint32_t steps = 0; steps < 2 * kWays; ++steps) {
       Near word(words_[first + way]);
       frame = static_cast<std::uint32_t>(first + way);
@@ -185,7 +192,7 @@ class PageFrames {
       if ((seen & kUsed) != 0) {
         word.and_relaxed(~kUsed);
       } else if (word.compare_exchange_acquire(seen, name)) {
-        hand.store_relaxed(way);
+        hand.store_relaxed((before - before % kWays + kWays) | way);
         evicted = true;
         return true;
       }
