@@ -104,7 +104,7 @@ def main() -> None:
         session.result["contestants"]["gpunvme"] = {"version": gpunvme.__version__, "settings": uri}
         page_cache.bring(path, "hot", nbytes)
         with queues_of(uri) as queues:
-            measure_hits(session, queues, path, hot)
+            measure_hits(session, queues, hot)
             measure_misses(session, queues, count)
 
 
@@ -118,7 +118,7 @@ def queues_of(uri: str) -> Iterator[Any]:
         yield queues
 
 
-def measure_hits(session: Session, queues: Any, path: str, nbytes: int) -> None:
+def measure_hits(session: Session, queues: Any, nbytes: int) -> None:
     program = gpunvme.gpu.compile(KERNELS)
     with queues.cached_array(np.uint8, length=nbytes, capacity_bytes=nbytes) as array:
         queues.stream(0, nbytes, memory := Buffer.empty(nbytes, DEVICE))

@@ -95,7 +95,7 @@ struct Machine {
     }
   }
   void inject(const std::string& faults) { client.controller.inject(faults, 1); }
-  std::uint64_t total(gpunvme::Atomic<std::uint64_t> gpunvme::CacheCounters::* which) const {
+  std::uint64_t total(gpunvme::Atomic<std::uint64_t> gpunvme::CacheCounters::*which) const {
     std::uint64_t sum = 0;
     for (const auto& each : counters) sum += (each.*which).load_acquire();
     return sum;

@@ -1,8 +1,7 @@
 // The words of a page cache's frames in orders that real threads seldom take.
-#include "fibers.h"
-
 #include <vector>
 
+#include "fibers.h"
 #include "frame_memory.h"
 
 using namespace testing;

@@ -1,6 +1,6 @@
 """Arrays on a drive that GPU kernels index, with a cache in GPU memory, against the software controller and its faults.
 
-On a real GPU with ``-m gpu``; on the emulated one by tests/soft/test_emulated_gpu_cache.py. If this failed, kernels
+On a real GPU with ``-m gpu``; on the emulated one by tests/soft/test_emulated_gpu_queues.py. If this failed, kernels
 would compute with bytes of other lines, read what they have again and again, or hang.
 """
 

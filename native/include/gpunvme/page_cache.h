@@ -15,8 +15,9 @@
 // anybody to ask for the Outcome, array[i] is T{}, and the first failure is kept for Python to raise.
 //
 // Who holds lines and asks for others may find all frames of a set held, by itself or by others who wait like it: it is
-// told kFull when nobody has got on for as long as a command may take. The lanes of a warp wait for each other, so what counts is what
-// a warp holds: one line at a time for all its lanes is always safe; a line for each lane needs a cache of many sets.
+// told kFull when nobody has got on for as long as a command may take. The lanes of a warp wait for each other, so what
+// counts is what a warp holds: one line at a time for all its lanes is always safe; a line for each lane needs a cache
+// of many sets.
 //
 // Elements have 1, 2, 4, 8 or 16 bytes, and so lie in one line. C++17, for nvcc and NVRTC, sm_75 and later.
 #pragma once
@@ -32,9 +33,9 @@ namespace gpunvme {
 
 // Counters of some threads; those of all are the sums.
 struct alignas(kApart) CacheCounters {
-  Atomic<std::uint64_t> hits;      // accesses, one a thread, to lines that were there
-  Atomic<std::uint64_t> misses;    // that waited for theirs
-  Atomic<std::uint64_t> loads;     // lines read
+  Atomic<std::uint64_t> hits;    // accesses, one a thread, to lines that were there
+  Atomic<std::uint64_t> misses;  // that waited for theirs
+  Atomic<std::uint64_t> loads;   // lines read
   Atomic<std::uint64_t> evictions;
   Atomic<std::uint64_t> failures;  // lines that could not be read
 };
@@ -98,8 +99,8 @@ GPUNVME_DEVICE inline void unpin_here(const PageFrames& frames, std::uint32_t fr
 
 // Looks after wishes for lines until there are none left: a lane has one at a time. `next(line)` says what the calling
 // lane wishes for, or false. `ready(frame, failure)` hears of each wish's end: the line is in the frame until it
-// returns, and on if it returns true; kNoFrame if the line could not be loaded. New commands are sent when `batch` lanes
-// want to, or nothing else is left to wait for.
+// returns, and on if it returns true; kNoFrame if the line could not be loaded. New commands are sent when `batch`
+// lanes want to, or nothing else is left to wait for.
 //
 // Lanes never wait for each other with a pinned line that is ready, nor for a frame with a slot: so whoever has one or
 // the other gets to its end, and gives it back.
@@ -451,7 +452,8 @@ class CachedArray {
     if (found) {
       ++hits_;
       if (!keeps) {
-        value = *reinterpret_cast<const T*>(frames_.data(frame) + (at & ((std::uint64_t{1} << frames_.line_shift()) - 1)));
+        value =
+            *reinterpret_cast<const T*>(frames_.data(frame) + (at & ((std::uint64_t{1} << frames_.line_shift()) - 1)));
       }
     }
     same.meet();  // all have read

@@ -37,9 +37,7 @@ class Near {
   GPUNVME_DEVICE T add(T value) const { return reference().fetch_add(value, cuda::std::memory_order_acq_rel); }
   GPUNVME_DEVICE T add_acquire(T value) const { return reference().fetch_add(value, cuda::std::memory_order_acquire); }
   GPUNVME_DEVICE void add_release(T value) const { reference().fetch_add(value, cuda::std::memory_order_release); }
-  GPUNVME_DEVICE void subtract_release(T value) const {
-    reference().fetch_sub(value, cuda::std::memory_order_release);
-  }
+  GPUNVME_DEVICE void subtract_release(T value) const { reference().fetch_sub(value, cuda::std::memory_order_release); }
   GPUNVME_DEVICE T subtract(T value) const { return reference().fetch_sub(value, cuda::std::memory_order_acq_rel); }
   GPUNVME_DEVICE T and_acquire(T value) const { return reference().fetch_and(value, cuda::std::memory_order_acquire); }
   GPUNVME_DEVICE T or_release(T value) const { return reference().fetch_or(value, cuda::std::memory_order_release); }

@@ -377,8 +377,8 @@ class CachedArray:
                 taken[(start + np.arange(number % self._sets)) % self._sets] += 1
             if taken.max() >= self._ways:
                 raise ValueError(
-                    f"{lines} lines cannot be pinned: each set of {self._ways} lines must keep one for others, and with "
-                    f"those that are pinned some would not; the cache has {self._sets} sets"
+                    f"{lines} lines cannot be pinned: each set of {self._ways} lines must keep one for others, and "
+                    f"with those that are pinned some would not; the cache has {self._sets} sets"
                 )
             flags = self._gpu.allocate(lines)
             try:
@@ -515,8 +515,8 @@ class CachedArray:
         try:
             if self.queues._set.process == os.getpid() and not self._is_quiet(timeout):
                 raise DeadlineExceeded(
-                    f"a kernel on {self.device} still runs {timeout:.0f} s after its cached array was to be closed; the "
-                    "memory is freed with the queues"
+                    f"a kernel on {self.device} still runs {timeout:.0f} s after its cached array was to be closed; "
+                    "the memory is freed with the queues"
                 )
             self._free()
         finally:

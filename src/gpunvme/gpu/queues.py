@@ -447,9 +447,7 @@ class GpuQueues:
         CudaError
             If there is not so much memory.
         """
-        return CachedArray(
-            self, dtype, lba=lba, length=length, capacity_bytes=capacity_bytes, line_bytes=line_bytes
-        )
+        return CachedArray(self, dtype, lba=lba, length=length, capacity_bytes=capacity_bytes, line_bytes=line_bytes)
 
     # --- what a job asks for
 
