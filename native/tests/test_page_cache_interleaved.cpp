@@ -26,7 +26,7 @@ void use_frames(const PageFrames& frames, std::vector<int>& loading, std::uint64
     if (look == Look::kMine) {
       CHECK_EQ(++loading[line], 1);
       words[0] = line;
-      Fibers::step();
+      for (int turns = 0; turns < 20; ++turns) Fibers::step();
       words[1] = line;
       --loading[line];
       if (random.one_in(5)) {
@@ -60,10 +60,10 @@ TEST(in_every_order_no_line_is_loaded_twice_at_once_nor_read_under_anothers_name
   if (!kHasFibers) return;
   for (std::uint64_t seed = 1; seed <= static_cast<std::uint64_t>(check::rounds(150)); ++seed) {
     FrameMemory memory(1 + seed % 2, 4);
-    std::vector<int> loading(24);
+    std::vector<int> loading(12);
     Fibers fibers(seed);
     for (std::uint64_t fiber = 0; fiber < 10; ++fiber) {
-      fibers.start([&, fiber] { use_frames(memory.frames, loading, seed * 100 + fiber, 12, 24); });
+      fibers.start([&, fiber] { use_frames(memory.frames, loading, seed * 100 + fiber, 12, 12); });
     }
     fibers.run();
     // Nothing is left pinned: all frames can be taken.

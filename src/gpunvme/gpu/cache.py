@@ -135,7 +135,6 @@ class CachedArray:
         from gpunvme.gpu.queues import GpuQueues
 
         with ExitStack() as made:
-            options = {"lba": lba, "length": length, "capacity_bytes": capacity_bytes, "line_bytes": line_bytes}
             _element_type(dtype)
             if isinstance(source, (str, os.PathLike)):
                 from gpunvme import nvme
@@ -148,7 +147,7 @@ class CachedArray:
                 source = made.enter_context(source.gpu_queues(device, slot_bytes=line_bytes))
             if not isinstance(source, GpuQueues):
                 raise TypeError(f"no file, URI, namespace or GpuQueues: {type(source).__name__}")
-            array = cls(source, dtype, **options)
+            array = cls(source, dtype, lba=lba, length=length, capacity_bytes=capacity_bytes, line_bytes=line_bytes)
             array._owned = made.pop_all()
             return array
 
@@ -174,7 +173,7 @@ class CachedArray:
             words = struct.unpack(f"<{_LAYOUT_WORDS}Q", ctypes.string_at(host, 8 * _LAYOUT_WORDS))
         finally:
             self._gpu.free_host(host)
-        self._cache_bytes, self._ways, line_bits, self._control_bytes = words[:4]
+        self._cache_bytes, self._ways, line_bits, self._control_bytes = map(int, words[:4])
         self._counter_bytes, self._stripes, self._error_bytes, self._error_set = words[4:]
         if self.nbytes > self.line_bytes << line_bits:
             most = self.line_bytes << line_bits
@@ -182,7 +181,7 @@ class CachedArray:
 
     def _count_sets(self, capacity_bytes: int) -> int:
         each = self._ways * self.line_bytes
-        sets = operator.index(capacity_bytes) // each
+        sets: int = operator.index(capacity_bytes) // each
         if sets < 1:
             raise ValueError(
                 f"capacity_bytes is {capacity_bytes}: a cache has {self._ways} lines of {self.line_bytes} bytes at "
@@ -207,7 +206,12 @@ class CachedArray:
         self._small = GpuMemory(self._gpu, self._setup_at + 256)
         self._keep.callback(self._small.close)
         self._indices = (0, 0, 0)  # page-locked: address, address for the GPU, bytes
-        self._keep.callback(lambda: self._indices[0] and self._gpu.free_host(self._indices[0]))
+        self._keep.callback(self._free_indices)
+
+    def _free_indices(self) -> None:
+        host, self._indices = self._indices[0], (0, 0, 0)
+        if host:
+            self._gpu.free_host(host)
 
     def _set_up(self) -> None:
         """Let the GPU write the cache as it is in the beginning: empty."""
@@ -338,9 +342,7 @@ class CachedArray:
             while not self._gpu.happened(self._event):  # the last gather may still read them
                 threading.Event().wait(0.0001)
         if nbytes < indices.nbytes:
-            self._indices = (0, 0, 0)
-            if host:
-                self._gpu.free_host(host)
+            self._free_indices()
             host, device = self._gpu.allocate_host(indices.nbytes)
             self._indices = host, device, indices.nbytes
         ctypes.memmove(host, address_of(indices), indices.nbytes)
@@ -555,7 +557,7 @@ class CachedArray:
 
 
 def _element_type(dtype: Any) -> np.dtype[Any]:
-    kind = np.dtype(dtype)
+    kind: np.dtype[Any] = np.dtype(dtype)
     if kind.hasobject or kind.itemsize not in _ELEMENT_BYTES:
         raise TypeError(
             f"elements of a cached array have 1, 2, 4, 8 or 16 bytes, so that none lies across two lines; {kind} has "
