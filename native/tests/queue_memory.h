@@ -4,15 +4,13 @@
 
 #include <cstdint>
 #include <cstring>
-#include <deque>
-#include <exception>
 #include <optional>
-#include <thread>
 #include <vector>
 
 #include "check.h"
 #include "files.h"
 #include "gpunvme/queue_pair.h"
+#include "threads.h"
 
 namespace testing {
 
@@ -163,38 +161,6 @@ class Controller {
   std::uint64_t posted_ = 0;
   std::uint64_t read_ = 0;
   std::uint32_t cq_head_ = 0;
-};
-
-// Threads whose failed checks fail the test.
-class Threads {
- public:
-  ~Threads() { join(); }
-  template <typename Function>
-  void start(Function function) {
-    std::exception_ptr& thrown = thrown_.emplace_back();
-    threads_.emplace_back([&thrown, function] {
-      try {
-        function();
-      } catch (...) {
-        thrown = std::current_exception();
-      }
-    });
-  }
-  // Throws what the first of them threw.
-  void finish() {
-    join();
-    for (const auto& thrown : thrown_) {
-      if (thrown != nullptr) std::rethrow_exception(thrown);
-    }
-  }
-
- private:
-  void join() {
-    for (std::thread& thread : threads_) thread.join();
-    threads_.clear();
-  }
-  std::deque<std::exception_ptr> thrown_;
-  std::vector<std::thread> threads_;
 };
 
 }  // namespace testing

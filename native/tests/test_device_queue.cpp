@@ -2,8 +2,6 @@
 // software controller in all its moods. Worth most under ThreadSanitizer.
 #include <atomic>
 #include <cstring>
-#include <deque>
-#include <exception>
 #include <memory>
 #include <string>
 #include <thread>
@@ -11,6 +9,7 @@
 
 #include "gpunvme/device.h"
 #include "soft_client.h"
+#include "threads.h"
 
 using namespace testing;
 using gpunvme::Fate;
@@ -22,38 +21,6 @@ using gpunvme::Token;
 namespace {
 
 constexpr std::uint32_t kBlock = 512;
-
-// Threads whose failed checks fail the test.
-class Threads {
- public:
-  ~Threads() { join(); }
-  template <typename Function>
-  void start(Function function) {
-    std::exception_ptr& thrown = thrown_.emplace_back();
-    threads_.emplace_back([&thrown, function] {
-      try {
-        function();
-      } catch (...) {
-        thrown = std::current_exception();
-      }
-    });
-  }
-  // Throws what the first of them threw.
-  void finish() {
-    join();
-    for (const auto& thrown : thrown_) {
-      if (thrown != nullptr) std::rethrow_exception(thrown);
-    }
-  }
-
- private:
-  void join() {
-    for (std::thread& thread : threads_) thread.join();
-    threads_.clear();
-  }
-  std::deque<std::exception_ptr> thrown_;
-  std::vector<std::thread> threads_;
-};
 
 struct Setting {
   std::string faults = {};

@@ -21,7 +21,7 @@ _SECONDS = 280  # for each file, on a machine that does other things too
 GPU_TESTS = Path(__file__).parent.parent / "gpu"
 CASES = [
     (file, case)
-    for file in ("test_gpu_queues.py", "test_gpu_placements.py")
+    for file in ("test_gpu_queues.py", "test_gpu_placements.py", "test_gpu_cache.py")
     for case in re.findall(r"^def (test_\w+)", (GPU_TESTS / file).read_text(), re.MULTILINE)
 ]
 

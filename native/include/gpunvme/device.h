@@ -69,6 +69,8 @@ struct Token {
 
 // How often a warp that reaps looks at the CQ before it lets another one.
 inline constexpr std::uint32_t kPatience = 8;
+// How often a command whose status allows it is tried in all.
+inline constexpr std::uint32_t kTries = 4;
 // What the driver itself answers where blocks are not in the namespace, without asking the controller.
 inline constexpr std::uint16_t kOutOfRange = nvme::kStatusLbaOutOfRange | nvme::kStatusDnr;
 
@@ -272,8 +274,6 @@ struct Piece {
 
 // How many commands a warp sends together, where it can.
 inline constexpr std::uint32_t kBatch = 8;
-// How often a command whose status allows it is tried in all.
-inline constexpr std::uint32_t kTries = 4;
 
 // Moves pieces, one in flight for each lane that has some. New commands are sent when `batch` lanes want to, or nothing
 // else is left to wait for: they share a reservation and a doorbell. `next(piece)` says what the calling lane moves

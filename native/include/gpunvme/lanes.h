@@ -105,6 +105,17 @@ class Lanes {
 #endif
   }
 
+  GPUNVME_DEVICE Lanes alike(std::uint64_t what) const {
+#if defined(GPUNVME_WARPS)
+    // Most often all do, and finding groups takes longer.
+    if (all(what == leaders(what))) return *this;
+    return Lanes(__match_any_sync(mask_, static_cast<unsigned long long>(what)));
+#else
+    (void)what;
+    return *this;
+#endif
+  }
+
   GPUNVME_DEVICE std::uint32_t count() const { return count_; }
   // Their ranks are 0 to count() - 1; this thread's.
   GPUNVME_DEVICE std::uint32_t rank() const { return rank_; }
@@ -136,6 +147,17 @@ class Lanes {
 #endif
   }
 
+  // The value of the lane that has this bit in a vote().
+  template <typename T>
+  GPUNVME_DEVICE T of(std::uint32_t bit, T value) const {
+#if defined(GPUNVME_WARPS)
+    return __shfl_sync(mask_, value, static_cast<int>(bit));
+#else
+    (void)bit;
+    return value;
+#endif
+  }
+
   // A bit for each that says yes: by rank from the lowest on where all 32 are here, otherwise by number of the lane.
   GPUNVME_DEVICE std::uint32_t vote(bool yes) const {
 #if defined(GPUNVME_WARPS)
@@ -151,6 +173,23 @@ class Lanes {
   GPUNVME_DEVICE std::uint32_t prefix(bool yes) const {
     const std::uint32_t no = mask_ & ~vote(yes);
     return no == 0 ? count_ : count_bits(mask_ & ((no & (~no + 1)) - 1));
+  }
+
+  // What the values of all of them add up to; the leader's to use.
+  GPUNVME_DEVICE std::uint64_t sum(std::uint64_t value) const {
+    std::uint64_t total = value;
+#if defined(GPUNVME_WARPS)
+    if (mask_ == kAll) {
+      for (int distance = 16; distance != 0; distance /= 2) total += __shfl_down_sync(kAll, total, distance);
+      return total;
+    }
+    for (std::uint32_t rank = 1; rank < count_; ++rank) {
+      // The leader is the lowest lane: it adds the others' to its own.
+      const std::uint64_t other = from(rank, value);
+      if (leads()) total += other;
+    }
+#endif
+    return total;
   }
 
   // The largest of the values of the first `count` ranks.

@@ -35,6 +35,9 @@ class Near {
     return reference().exchange(value, cuda::std::memory_order_acquire);
   }
   GPUNVME_DEVICE T add(T value) const { return reference().fetch_add(value, cuda::std::memory_order_acq_rel); }
+  GPUNVME_DEVICE T add_acquire(T value) const { return reference().fetch_add(value, cuda::std::memory_order_acquire); }
+  GPUNVME_DEVICE void add_release(T value) const { reference().fetch_add(value, cuda::std::memory_order_release); }
+  GPUNVME_DEVICE void subtract_release(T value) const { reference().fetch_sub(value, cuda::std::memory_order_release); }
   GPUNVME_DEVICE T subtract(T value) const { return reference().fetch_sub(value, cuda::std::memory_order_acq_rel); }
   GPUNVME_DEVICE T and_acquire(T value) const { return reference().fetch_and(value, cuda::std::memory_order_acquire); }
   GPUNVME_DEVICE T or_release(T value) const { return reference().fetch_or(value, cuda::std::memory_order_release); }
@@ -42,6 +45,12 @@ class Near {
     return reference().compare_exchange_strong(expected, desired, cuda::std::memory_order_relaxed,
                                                cuda::std::memory_order_relaxed);
   }
+  GPUNVME_DEVICE bool compare_exchange_acquire(T& expected, T desired) const {
+    return reference().compare_exchange_strong(expected, desired, cuda::std::memory_order_acquire,
+                                               cuda::std::memory_order_relaxed);
+  }
+  GPUNVME_DEVICE void or_relaxed(T value) const { reference().fetch_or(value, cuda::std::memory_order_relaxed); }
+  GPUNVME_DEVICE void and_relaxed(T value) const { reference().fetch_and(value, cuda::std::memory_order_relaxed); }
   GPUNVME_DEVICE void add_relaxed(T value) const { reference().fetch_add(value, cuda::std::memory_order_relaxed); }
   // An acquire once a fence follows.
   GPUNVME_DEVICE T load_before_fence() const { return load_relaxed(); }
@@ -62,10 +71,16 @@ class Near {
   void store_release(T value) const { atomic_.store_release(value); }
   T exchange_acquire(T value) const { return atomic_.exchange(value); }
   T add(T value) const { return atomic_.fetch_add(value); }
+  T add_acquire(T value) const { return atomic_.fetch_add(value); }
+  void add_release(T value) const { atomic_.fetch_add(value); }
+  void subtract_release(T value) const { atomic_.fetch_sub(value); }
   T subtract(T value) const { return atomic_.fetch_sub(value); }
   T and_acquire(T value) const { return atomic_.fetch_and(value); }
   T or_release(T value) const { return atomic_.fetch_or(value); }
   bool compare_exchange_relaxed(T& expected, T desired) const { return atomic_.compare_exchange(expected, desired); }
+  bool compare_exchange_acquire(T& expected, T desired) const { return atomic_.compare_exchange(expected, desired); }
+  void or_relaxed(T value) const { atomic_.fetch_or(value); }
+  void and_relaxed(T value) const { atomic_.fetch_and(value); }
   void add_relaxed(T value) const { atomic_.fetch_add(value); }
   T load_before_fence() const { return atomic_.load_acquire(); }
   void store_published(T value) const { atomic_.store_release(value); }

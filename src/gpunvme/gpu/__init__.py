@@ -5,7 +5,8 @@ Needs an NVIDIA driver; `compile` also needs NVRTC and libcu++ (a CUDA toolkit, 
 
 from __future__ import annotations
 
+from gpunvme.gpu.cache import CachedArray
 from gpunvme.gpu.compile import Kernel, Program, compile, compile_to_cubin, include_directory  # noqa: A004
 from gpunvme.gpu.queues import GpuQueues
 
-__all__ = ["GpuQueues", "Kernel", "Program", "compile", "compile_to_cubin", "include_directory"]
+__all__ = ["CachedArray", "GpuQueues", "Kernel", "Program", "compile", "compile_to_cubin", "include_directory"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self
 
 from gpunvme.errors import NvmeError, SpanError
+from gpunvme.gpu.cache import CachedArray
 from gpunvme.gpu.compile import own_kernels
 from gpunvme.gpu.driver import Gpu
 from gpunvme.gpu.placement import check_placement
@@ -194,6 +195,40 @@ class GpuQueues:
         Raises the same errors as `gather`.
         """
         return self._moves.stream(lba, nbytes, out, stream, wait, timeout)
+
+    def cached_array(
+        self,
+        dtype: Any,
+        *,
+        lba: int = 0,
+        length: int | None = None,
+        capacity_bytes: int = 256 << 20,
+        line_bytes: int = 4096,
+    ) -> CachedArray:
+        """Make an array of the blocks that kernels index, with a cache in GPU memory in front of it.
+
+        Parameters
+        ----------
+        dtype
+            NumPy type of the elements: of 1, 2, 4, 8 or 16 bytes.
+        lba
+            Block that the array begins with.
+        length
+            Elements; all that follow if None.
+        capacity_bytes
+            GPU memory for lines, at least eight of them.
+        line_bytes
+            What is read at a time, a power of two from 4096 to 65536. Make the queues with ``slot_bytes`` as large:
+            otherwise a line is read by several commands, one after the other.
+
+        Raises
+        ------
+        TypeError, ValueError, RangeError
+            If elements, lines, capacity or range are not possible; says why.
+        CudaError
+            If there is not so much memory.
+        """
+        return CachedArray(self, dtype, lba=lba, length=length, capacity_bytes=capacity_bytes, line_bytes=line_bytes)
 
     # --- looking after the queues
 
