@@ -269,7 +269,7 @@ def test_a_line_is_held_from_one_read_to_the_next() -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", ["reorder@0.5", "duplicate-cqe@0.3", "torn-cqe@0.1", "delay:5@0.1", "error:0x004@0.1"]
+    "fault", ["reorder@0.5", "duplicate-cqe@0.3", "torn-cqe@0.1", "delay:5@0.1", "error:0x004@0.02"]
 )
 def test_what_must_be_borne_costs_nothing_but_time(fault: str) -> None:
     with machine() as m:

@@ -334,8 +334,8 @@ def test_progress_of_a_real_read(place: Path) -> None:
     seen: list[tuple[int, int]] = []
     with gpunvme.open(place) as file:
         for nbytes in (48 * MIB, 100, 0):
-            seen.clear()
             for _ in range(2):  # cold and hot
+                seen.clear()
                 file.read_into(bytearray(nbytes), 0, progress=lambda done, total: seen.append((done, total)))
                 assert seen == sorted(seen)
                 assert seen[-1] == (nbytes, nbytes)

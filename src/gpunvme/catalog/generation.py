@@ -146,7 +146,8 @@ def read_superblocks(target: Target) -> Superblocks:
     first, second = (
         target.read(at, max(0, min(_SUPERBLOCK_BYTES, size - at))) if at < size else b"" for at in (0, _SLOT_BYTES)
     )
-    return Superblocks(*_native.catalog_superblocks(first, second, size))
+    # The size as it is now: a writer may have made the target larger for the table that a slot names.
+    return Superblocks(*_native.catalog_superblocks(first, second, target.size))
 
 
 def read_generation(target: Target) -> Generation:
