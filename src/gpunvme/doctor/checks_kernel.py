@@ -187,7 +187,7 @@ def count_cpus(text: str) -> int:
     total = 0
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        if not first.isdecimal() or (last and not last.isdecimal()):
             return 0
         total += int(last or first) - int(first) + 1
     return total
@@ -205,7 +205,7 @@ def parse_limits(text: str) -> dict[str, tuple[str, str]]:
 
 def _count(text: str) -> int | None:
     """Return a limit as a number, or None for ``unlimited``."""
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None
 
 
 def _status(system: System) -> dict[str, str]:

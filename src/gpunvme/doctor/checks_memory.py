@@ -21,7 +21,7 @@ def check_memory(system: System) -> list[Finding]:
     for line in (system.read("/proc/meminfo") or "").splitlines():
         name, _, rest = line.partition(":")
         words = rest.split()
-        if words and words[0].isdigit():
+        if words and words[0].isdecimal():
             info[name] = int(words[0]) * 1024
     total, available = info.get("MemTotal"), info.get("MemAvailable")
     if total is None or available is None:

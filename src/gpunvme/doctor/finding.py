@@ -33,6 +33,8 @@ class Finding:
         What it costs the user; empty if nothing.
     fix
         What the user can type or change; shown, never executed. Empty if there is nothing to do.
+    commands
+        What to type for it, a shell command each, where typing is enough; never executed by us either.
     """
 
     level: Level
@@ -40,13 +42,36 @@ class Finding:
     fact: str
     cost: str = ""
     fix: str = ""
+    commands: tuple[str, ...] = ()
 
-    def as_dict(self) -> dict[str, str]:
-        """Return the finding as plain strings, for JSON."""
+    def as_dict(self) -> dict[str, object]:
+        """Return the finding as plain strings and lists of them, for JSON."""
         return {
             "level": self.level.value,
             "topic": self.topic,
             "fact": self.fact,
             "cost": self.cost,
             "fix": self.fix,
+            "commands": list(self.commands),
         }
+
+
+def unknown(topic: str, fact: str, why: str) -> Finding:
+    """Return the line of something that cannot be told: never green, for it may cost something.
+
+    Parameters
+    ----------
+    topic
+        What was looked at.
+    fact
+        What is not known.
+    why
+        Why not.
+    """
+    return Finding(
+        Level.YELLOW,
+        topic,
+        f"{fact}: unknown, {why}",
+        cost="what this line would find stays hidden",
+        fix="make that file readable to this process (sudo, or outside of the container), and look again",
+    )

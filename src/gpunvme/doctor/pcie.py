@@ -92,7 +92,7 @@ def nvme_controllers(system: System) -> list[NvmeController]:
 def _transfers(text: str | None) -> str | None:
     """Return the number in ``16.0 GT/s PCIe``."""
     first = text.split()[0] if text else ""
-    return first if first.replace(".", "").isdigit() else None
+    return first if first.replace(".", "").isdecimal() else None
 
 
 def _lanes(width: int | None) -> int | None:

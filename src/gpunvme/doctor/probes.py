@@ -6,8 +6,12 @@ import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gpunvme.doctor.nvme_admin import ask_controller
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from gpunvme.doctor.nvme_admin import AdminAnswer
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,9 @@ class Probes:
     cufile_library
         Where a libcufile is installed, or None. It must not be opened to find out: without a GPU
         that can hang for ever.
+    nvme_admin
+        What the controller behind a device file such as ``/dev/nvme0`` answers to Identify and to Get Log Page, or in
+        words why it cannot be asked.
     """
 
     engine_reason: Callable[[], str]
@@ -37,6 +44,7 @@ class Probes:
     cuda_devices: Callable[[], Sequence[Mapping[str, Any]]]
     cachestat_works: Callable[[], bool]
     cufile_library: Callable[[], str | None]
+    nvme_admin: Callable[[str], AdminAnswer | str] = ask_controller
 
 
 def native_probes() -> Probes:

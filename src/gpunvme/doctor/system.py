@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,8 +38,18 @@ class System:
         """Return a file's bytes, or None if it cannot be read."""
         try:
             return self.path(name).read_bytes()
-        except OSError:
+        except (OSError, ValueError):  # a name made of a garbled file's text may hold a NUL
             return None
+
+    def unreadable(self, name: str) -> str:
+        """Return in words why a file says nothing: it is absent, forbidden, or holds nothing that is understood."""
+        try:
+            self.path(name).read_bytes()
+        except PermissionError:
+            return f"{name} is for root only (sudo gpunvme doctor)"
+        except (OSError, ValueError) as error:
+            return f"{name}: {getattr(error, 'strerror', None) or error}"
+        return f"{name} is not understood"
 
     def read_int(self, name: str) -> int | None:
         """Return the number in a file, or None."""
@@ -50,20 +61,30 @@ class System:
 
     def exists(self, name: str) -> bool:
         """Tell whether a file or folder is there."""
-        return self.path(name).exists()
+        try:
+            return self.path(name).exists()
+        except (OSError, ValueError):
+            return False
+
+    def link(self, name: str) -> str | None:
+        """Return the last part of where a symbolic link points, or None: how sysfs names drivers and groups."""
+        try:
+            return os.path.basename(os.readlink(self.path(name)))
+        except (OSError, ValueError):
+            return None
 
     def names(self, name: str) -> list[str]:
         """Return the sorted names in a folder; none if there is no such folder."""
         try:
             return sorted(os.listdir(self.path(name)))
-        except OSError:
+        except (OSError, ValueError):
             return []
 
     def resolve(self, name: str) -> str | None:
         """Follow a symbolic link within the root; return the absolute name that it leads to, or None."""
         try:
             target = self.path(name).resolve(strict=True)
-        except OSError:
+        except (OSError, ValueError, RuntimeError):  # RuntimeError: links in a circle, up to Python 3.12
             return None
         root = self.root.resolve()
         return "/" + str(target.relative_to(root)) if target.is_relative_to(root) else None
@@ -87,3 +108,11 @@ class System:
         environment = self.read_bytes("/proc/1/environ") or b""
         groups = self.read("/proc/1/cgroup") or ""
         return b"container=" in environment or any(word in groups for word in ("docker", "kubepods", "containerd"))
+
+    def kernel_parameters(self) -> list[str]:
+        """Return the words of the kernel's command line."""
+        return (self.read("/proc/cmdline") or "").split()
+
+    def virtual(self) -> bool:
+        """Tell whether this is a virtual machine: x86 processors say so."""
+        return re.search(r"^flags\s*:.*\bhypervisor\b", self.read("/proc/cpuinfo") or "", re.MULTILINE) is not None

@@ -72,7 +72,7 @@ class Machine:
         """Follow a symbolic link within the root; return the absolute name that it leads to, or None."""
         try:
             target = self.path(name).resolve(strict=True)
-        except OSError:
+        except (OSError, RuntimeError):  # RuntimeError: links in a circle, up to Python 3.12
             return None
         root = self.root.resolve()
         return "/" + str(target.relative_to(root)) if target.is_relative_to(root) else None
@@ -214,7 +214,7 @@ def find_function(address: str, machine: Machine | None = None) -> Function | No
         device=machine.read_int(f"{where}/device"),
         class_code=code,
         driver=machine.link(f"{where}/driver"),
-        iommu_group=int(group) if group is not None and group.isdigit() else None,
+        iommu_group=int(group) if group is not None and group.isdecimal() else None,
         node=node if node is not None and node >= 0 else None,
         speed=_transfers(machine.read(f"{where}/current_link_speed")),
         max_speed=_transfers(machine.read(f"{where}/max_link_speed")),
@@ -241,8 +241,11 @@ def _bars(resource: str) -> tuple[int, ...]:
     """Return the sizes of the six BARs: sysfs writes "start end flags" a line."""
     sizes = []
     for line in resource.splitlines()[:6]:
-        start, end, *_ = (int(word, 16) for word in line.split())
-        sizes.append(end - start + 1 if end else 0)
+        try:
+            start, end, *_ = (int(word, 16) for word in line.split())
+        except ValueError:
+            start = end = 0
+        sizes.append(end - start + 1 if end > start else 0)
     return tuple(sizes)
 
 
