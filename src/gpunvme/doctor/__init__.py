@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 
-from gpunvme.doctor.checks_gpu import check_cuda, check_gpu_link, check_gpudirect
-from gpunvme.doctor.checks_kernel import (
-    check_cachestat,
-    check_cpus,
-    check_engine,
-    check_io_uring,
-    check_kernel,
-    check_limits,
-)
-from gpunvme.doctor.checks_memory import check_huge_pages, check_memory, check_numa
-from gpunvme.doctor.checks_storage import check_file_system, check_nvme
-from gpunvme.doctor.finding import Finding, Level
+from gpunvme.doctor.finding import Finding, Level, unknown
 from gpunvme.doctor.mounts import Mount, real_mount_of
 from gpunvme.doctor.probes import Probes
 from gpunvme.doctor.system import System
+from gpunvme.errors import Error
 
-__all__ = ["Finding", "Level", "Probes", "System", "examine", "examine_machine"]
+__all__ = ["Finding", "Level", "Probes", "System", "checks", "examine", "examine_machine"]
+
+Check = Callable[[], list[Finding]]
+_MISTAKES = (
+    ArithmeticError,
+    AttributeError,
+    Error,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
-def examine(system: System, path: str, mount: Mount | None, direct_reason: str) -> list[Finding]:
-    """Run every check.
+def checks(system: System, path: str, mount: Mount | None, direct_reason: str) -> dict[str, Check]:
+    """Return every check of this machine, by the topic of its first line.
 
     Parameters
     ----------
@@ -37,23 +40,73 @@ def examine(system: System, path: str, mount: Mount | None, direct_reason: str) 
 
     Returns
     -------
-    list of Finding
-        In the order in which a user reads them: engine, kernel, memory, GPU, drives.
+    dict
+        In the order in which a user reads them: engine, kernel, memory, GPU, the way to it, drives. Without the
+        engine, what needs it is left out: the driver's modules do.
     """
-    findings = check_engine(system)
-    engine = findings[0].level is Level.GREEN
-    findings += check_kernel(system)
+    from gpunvme.doctor import checks_gpu, checks_kernel, checks_memory, checks_storage
+
+    found: dict[str, Check] = {
+        "engine": lambda: checks_kernel.check_engine(system),
+        "kernel": lambda: checks_kernel.check_kernel(system),
+    }
+    engine = not system.probes.engine_reason()
     if engine:
-        findings += check_io_uring(system) + check_cachestat(system)
-    findings += check_limits(system) + check_memory(system) + check_huge_pages(system) + check_numa(system)
+        found["io_uring"] = lambda: checks_kernel.check_io_uring(system)
+        found["cachestat"] = lambda: checks_kernel.check_cachestat(system)
+    found["limits"] = lambda: checks_kernel.check_limits(system)
+    found["memory"] = lambda: checks_memory.check_memory(system)
+    found["huge pages"] = lambda: checks_memory.check_huge_pages(system)
+    found["NUMA"] = lambda: checks_memory.check_numa(system)
     if engine:
-        cuda = check_cuda(system)
-        findings += cuda
+        found["CUDA"] = lambda: checks_gpu.check_cuda(system)
         if not system.probes.cuda_reason():
-            findings += check_cpus(system) + check_gpu_link(system)
-    findings += check_gpudirect(system)
-    findings += check_file_system(system, path, mount, direct_reason)
-    return findings + check_nvme(system)
+            found["CPUs"] = lambda: checks_kernel.check_cpus(system)
+            found["GPU link"] = lambda: checks_gpu.check_gpu_link(system)
+        found |= _direct_checks(system, mount)
+    found["file system"] = lambda: checks_storage.check_file_system(system, path, mount, direct_reason)
+    found["NVMe"] = lambda: checks_storage.check_nvme(system)
+    if engine:
+        from gpunvme.doctor import checks_nvme
+
+        found["drive"] = lambda: checks_nvme.check_drives(system)
+        found["heat"] = lambda: checks_nvme.check_heat(system)
+    return found
+
+
+def _direct_checks(system: System, mount: Mount | None) -> dict[str, Check]:
+    """Return the checks of the way from a drive straight to a GPU."""
+    from gpunvme.doctor import checks_access, checks_direct, checks_pcie
+
+    return {
+        "GPU driver": lambda: checks_direct.check_gpu_driver(system),
+        "BAR1": lambda: checks_pcie.check_bar1(system),
+        "static BAR1": lambda: checks_direct.check_static_bar1(system),
+        "PCIe path": lambda: checks_pcie.check_pcie_path(system),
+        "uplink": lambda: checks_pcie.check_uplink(system),
+        "ACS": lambda: checks_pcie.check_acs(system),
+        "P2P platform": lambda: checks_pcie.check_platform(system),
+        "IOMMU": lambda: checks_access.check_iommu(system),
+        "VFIO": lambda: checks_access.check_vfio(system),
+        "memory for drives": lambda: checks_access.check_locked_for_drives(system),
+        "kernel module": lambda: checks_access.check_kernel_module(system),
+        "nvidia-fs": lambda: checks_direct.check_nvidia_fs(system),
+        "P2PDMA": lambda: checks_direct.check_p2pdma(system),
+        "cuFile": lambda: checks_direct.check_cufile(system),
+        "cufile.json": lambda: checks_direct.check_cufile_json(system),
+        "direct files": lambda: checks_direct.check_direct_file_system(system, mount),
+    }
+
+
+def examine(system: System, path: str, mount: Mount | None, direct_reason: str) -> list[Finding]:
+    """Run every check, see `checks`; one that fails has a line that says so, and the others go on."""
+    findings: list[Finding] = []
+    for topic, check in checks(system, path, mount, direct_reason).items():
+        try:
+            findings += check()
+        except _MISTAKES as error:  # a doctor that dies tells nothing; what failed is named
+            findings.append(unknown(topic, "everything", f"the check failed: {type(error).__name__}: {error}"))
+    return findings
 
 
 def examine_machine(path: str) -> list[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gpunvme.doctor.checks_kernel import locked_memory
 from gpunvme.doctor.finding import Finding, Level, unknown
 from gpunvme.doctor.pairs import drives, gpus, machine_of, name_of, pairs
 from gpunvme.nvme.kmod_uapi import VERSION
@@ -12,6 +13,7 @@ from gpunvme.nvme.sysfs import group_members
 if TYPE_CHECKING:
     from gpunvme.doctor.system import System
 
+_ENOUGH_LOCKED = 1 << 30
 _SECURE_BOOT = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 
 
@@ -170,18 +172,11 @@ def secure_boot(system: System) -> bool:
     return data is not None and len(data) >= 5 and data[4] == 1
 
 
-def check_locked_for_drives(system: System, nbytes: int | None) -> list[Finding]:
-    """Check the limit on locked memory against what a drive in user space maps.
-
-    Parameters
-    ----------
-    system
-        The machine.
-    nbytes
-        RLIMIT_MEMLOCK; None if there is no limit for this process.
-    """
+def check_locked_for_drives(system: System) -> list[Finding]:
+    """Check the limit on locked memory against what a drive in user space maps."""
+    nbytes = locked_memory(system)
     ours = [each for each in drives(system) if each.driver in {"vfio-pci", "gpunvme"}]
-    if nbytes is None or not ours or nbytes >= 64 << 20:
+    if nbytes is None or not ours or nbytes >= _ENOUGH_LOCKED:
         return []
     where = " and GPU memory" if gpus(system) else ""
     return [

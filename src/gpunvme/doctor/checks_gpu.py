@@ -1,4 +1,4 @@
-"""The GPU: driver, CUDA, the PCIe link, and what GPUDirect Storage would need."""
+"""The GPU: driver, CUDA, the PCIe link; and what the kernel was configured with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 from gpunvme.doctor.finding import Finding, Level
-from gpunvme.doctor.pcie import nvidia_gpus, nvme_controllers, pci_device
+from gpunvme.doctor.pcie import nvidia_gpus, pci_device
 
 if TYPE_CHECKING:
     from gpunvme.doctor.system import System
@@ -96,42 +96,6 @@ def short_address(bus_id: str) -> str:
     """Turn CUDA's ``00000000:01:00.0`` into sysfs's ``0000:01:00.0``."""
     domain, separator, rest = bus_id.lower().partition(":")
     return f"{domain[-4:]:0>4}{separator}{rest}"
-
-
-def check_gpudirect(system: System) -> list[Finding]:
-    """Check what a direct way from drive to GPU memory would need.
-
-    The ``host`` path needs none of it, so nothing here is worse than yellow, and yellow only where
-    there is both a GPU and an NVMe drive that could use it.
-    """
-    library = system.probes.cufile_library()
-    module = system.read("/proc/driver/nvidia-fs/version") or (
-        "loaded" if system.exists("/proc/driver/nvidia-fs") else None
-    )
-    p2pdma = kernel_option(system, "CONFIG_PCI_P2PDMA")
-    parts = [
-        f"libcufile: {library or 'not installed'}",
-        f"nvidia-fs: {module or 'not loaded'}",
-        "kernel P2PDMA: " + {"y": "on", "n": "off"}.get(p2pdma or "", "unknown (no kernel configuration to read)"),
-    ]
-    fact = "; ".join(parts)
-    drives = [drive for drive in nvme_controllers(system) if drive.transport == "pcie"]
-    possible = library is not None and (module is not None or p2pdma == "y")
-    if possible or not drives or not nvidia_gpus(system):
-        return [Finding(Level.GREEN, "GPUDirect", fact)]
-    if library is None:
-        fix = "pip install nvidia-cufile-cu12 (or -cu13), and load the nvidia-fs module"
-    else:
-        fix = "sudo apt install nvidia-fs-dkms && sudo modprobe nvidia-fs, or a kernel with CONFIG_PCI_P2PDMA=y"
-    return [
-        Finding(
-            Level.YELLOW,
-            "GPUDirect",
-            fact,
-            cost="bytes cannot go straight from drive to GPU; the host path carries them through host memory",
-            fix=fix,
-        )
-    ]
 
 
 def kernel_option(system: System, name: str) -> str | None:

@@ -145,6 +145,12 @@ def _locked_memory(system: System, soft: str) -> Finding:
     return Finding(Level.GREEN, "locked memory", f"at most {text}; CUDA's page-locked memory does not count against it")
 
 
+def locked_memory(system: System) -> int | None:
+    """Return how many bytes this process may lock; None if there is no limit for it, or it is not known."""
+    limits = parse_limits(system.read("/proc/self/limits") or "").get("Max locked memory")
+    return None if limits is None or _may_lock_anything(system) else _count(limits[0])
+
+
 def _may_lock_anything(system: System) -> bool:
     """Tell whether the process has CAP_IPC_LOCK (bit 14), which lifts the limit."""
     try:

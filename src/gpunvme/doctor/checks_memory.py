@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gpunvme.doctor.checks_kernel import count_cpus
-from gpunvme.doctor.finding import Finding, Level
+from gpunvme.doctor.finding import Finding, Level, unknown
 from gpunvme.doctor.pcie import nvidia_gpus, nvme_controllers
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def check_memory(system: System) -> list[Finding]:
             info[name] = int(words[0]) * 1024
     total, available = info.get("MemTotal"), info.get("MemAvailable")
     if total is None or available is None:
-        return []
+        return [unknown("memory", "how much", system.unreadable("/proc/meminfo"))]
     limit = memory_limit(system)
     fact = f"{total / _GIB:.1f} GiB, {available / _GIB:.1f} GiB available"
     if limit is not None and limit < total:
@@ -73,7 +73,8 @@ def check_huge_pages(system: System) -> list[Finding]:
     """Check whether large host destinations can be made of huge pages."""
     text = system.read("/sys/kernel/mm/transparent_hugepage/enabled")
     if text is None:
-        return []
+        name = "/sys/kernel/mm/transparent_hugepage/enabled"
+        return [unknown("huge pages", "transparent huge pages", system.unreadable(name))]
     if "[never]" in text:
         return [
             Finding(
@@ -85,14 +86,16 @@ def check_huge_pages(system: System) -> list[Finding]:
             )
         ]
     mode = next((word.strip("[]") for word in text.split() if word.startswith("[")), text)
-    return [Finding(Level.GREEN, "huge pages", f"transparent huge pages: {mode}")]
+    reserved = system.read_int("/proc/sys/vm/nr_hugepages")
+    fact = f"transparent huge pages: {mode}" + (f"; {reserved} reserved" if reserved else "")
+    return [Finding(Level.GREEN, "huge pages", fact)]
 
 
 def check_numa(system: System) -> list[Finding]:
     """Check that GPU and drives are on the same memory node."""
     nodes = count_cpus(system.read("/sys/devices/system/node/online") or "")
     if nodes <= 1:
-        return [Finding(Level.GREEN, "NUMA", "one memory node")] if nodes else []
+        return [Finding(Level.GREEN, "NUMA", "one memory node")] if nodes else [_no_nodes(system)]
     gpus = {gpu.address: gpu.node for gpu in nvidia_gpus(system)}
     drives = {drive.name: drive.pci.node for drive in nvme_controllers(system) if drive.pci is not None}
     places = [f"{name} on node {node}" for name, node in {**gpus, **drives}.items() if node is not None]
@@ -121,3 +124,9 @@ def check_numa(system: System) -> list[Finding]:
             )
         ]
     return [Finding(Level.GREEN, "NUMA", fact)]
+
+
+def _no_nodes(system: System) -> Finding:
+    if system.exists("/sys/devices/system/cpu") and not system.exists("/sys/devices/system/node"):
+        return Finding(Level.GREEN, "NUMA", "one memory node: the kernel is built without NUMA")
+    return unknown("NUMA", "memory nodes", system.unreadable("/sys/devices/system/node/online"))

@@ -66,7 +66,7 @@ def check_uplink(system: System) -> list[Finding]:
                         "uplink",
                         f"{name_of(system, pair.drive)} is below {address}, whose link is slower than its own",
                         cost=f"at most {rate / own:.0%} of the drive's link",
-                        fix="move the drive to a slot above that bridge; check the bridge's slot and bifurcation (BIOS)",
+                        fix="move the drive to a slot above that bridge; check its slot and bifurcation (BIOS)",
                     )
                 )
                 break
@@ -103,7 +103,7 @@ def check_acs(system: System) -> list[Finding]:
                 "ACS",
                 f"on between drive and GPU, at {', '.join(sorted(redirecting))}",
                 cost="peer-to-peer transfers go up to the root instead of through the switch; P2PDMA refuses them",
-                fix="add pci=disable_acs_redir=… to the kernel's command line (drives and GPUs then share IOMMU groups)",
+                fix="a parameter of the kernel's; drives and GPUs then share IOMMU groups, which VFIO minds",
                 commands=(_kernel_parameter(f"pci=disable_acs_redir={listed}"),),
             )
         ]
@@ -150,14 +150,16 @@ def check_platform(system: System) -> list[Finding]:
         ]
     family = _cpu(text, "cpu family")
     if vendor == "AuthenticAMD" and family.isdecimal() and int(family) >= _ZEN:
-        return [Finding(Level.GREEN, "P2P platform", f"AMD family {int(family):#x}: the kernel lets peers pass the root")]
+        return [
+            Finding(Level.GREEN, "P2P platform", f"AMD family {int(family):#x}: the kernel lets peers pass the root")
+        ]
     return [
         Finding(
             Level.YELLOW,
             "P2P platform",
-            f"{_cpu(text, 'model name') or vendor or 'a CPU that says no name'}: drive and GPU meet at its root complex",
+            f"{_cpu(text, 'model name') or vendor or 'a nameless CPU'}: drive and GPU meet at its root complex",
             cost="the kernel allows peer-to-peer there only for host bridges of its list; some are slow at it",
-            fix="see what it said: sudo dmesg | grep -i p2p; a slot below one switch with the GPU avoids the question",
+            fix="sudo dmesg | grep -i p2p shows what it said; slots below one switch avoid the question",
         )
     ]
 

@@ -17,6 +17,9 @@ class Level(enum.Enum):
     """Something that this machine ought to be able to do does not work."""
 
 
+_LOOK_AGAIN = "make what is named readable to this process (sudo, or outside of the container), and look again"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of ``gpunvme doctor``.
@@ -56,7 +59,7 @@ class Finding:
         }
 
 
-def unknown(topic: str, fact: str, why: str) -> Finding:
+def unknown(topic: str, fact: str, why: str, fix: str = _LOOK_AGAIN) -> Finding:
     """Return the line of something that cannot be told: never green, for it may cost something.
 
     Parameters
@@ -67,11 +70,13 @@ def unknown(topic: str, fact: str, why: str) -> Finding:
         What is not known.
     why
         Why not.
+    fix
+        What would let it be told.
     """
     return Finding(
         Level.YELLOW,
         topic,
         f"{fact}: unknown, {why}",
         cost="what this line would find stays hidden",
-        fix="make that file readable to this process (sudo, or outside of the container), and look again",
+        fix=fix,
     )

@@ -22,7 +22,7 @@ _TIMEOUT_MS = 2000
 class _Command(ctypes.Structure):
     """``struct nvme_admin_cmd``."""
 
-    _fields_ = [  # noqa: RUF012 - how ctypes wants it
+    _fields_ = [
         ("opcode", ctypes.c_uint8),
         ("flags", ctypes.c_uint8),
         ("rsvd1", ctypes.c_uint16),

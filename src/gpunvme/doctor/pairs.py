@@ -28,7 +28,9 @@ class Pair:
         mine, its = self.drive.upstream, self.gpu.upstream
         shared = 0
         if self.drive.root == self.gpu.root:
-            shared = next((i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b), min(len(mine), len(its)))
+            shared = next(
+                (i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b), min(len(mine), len(its))
+            )
         return mine[shared:] + its[shared:]
 
 

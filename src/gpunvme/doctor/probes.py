@@ -36,6 +36,8 @@ class Probes:
     nvme_admin
         What the controller behind a device file such as ``/dev/nvme0`` answers to Identify and to Get Log Page, or in
         words why it cannot be asked.
+    environment
+        The value of an environment variable.
     """
 
     engine_reason: Callable[[], str]
@@ -45,6 +47,7 @@ class Probes:
     cachestat_works: Callable[[], bool]
     cufile_library: Callable[[], str | None]
     nvme_admin: Callable[[str], AdminAnswer | str] = ask_controller
+    environment: Callable[[str], str | None] = os.environ.get
 
 
 def native_probes() -> Probes:
