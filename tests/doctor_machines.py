@@ -143,7 +143,7 @@ def system_files(
         "/sys/devices/system/node/online": nodes,
         "/sys/devices/system/cpu/online": "0-15",
         f"/boot/config-{release}": "CONFIG_PCI_P2PDMA=y",
-        f"/lib/modules/{release}/modules.dep": "kernel/drivers/vfio/pci/vfio-pci.ko.zst: kernel/drivers/vfio/vfio.ko.zst",
+        f"/lib/modules/{release}/modules.dep": "kernel/drivers/vfio/pci/vfio-pci.ko.zst:",
         f"/lib/modules/{release}/build": "",
         "/dev/iommu": "",
     }

@@ -186,6 +186,5 @@ def check_locked_for_drives(system: System) -> list[Finding]:
             f"at most {nbytes / 2**20:g} MiB may be locked, and {len(ours)} drives are held for user space",
             cost=f"queues, buffers{where} that are mapped for a drive count: larger transfers are refused or staged",
             fix="raise memlock: * - memlock unlimited in /etc/security/limits.conf, then log in again",
-            commands=("ulimit -l unlimited",),
         )
     ]

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 
 def driver_version(system: System) -> str | None:
-    """Return the loaded NVIDIA driver's kind and version, such as ``open 580.95.05``; None without one."""
+    """Return the loaded NVIDIA driver's kind and version, such as ``open 580.95.05``; None if it cannot be told."""
     text = system.read("/proc/driver/nvidia/version")
     if text is None:
         return None
     first = text.splitlines()[0] if text else ""
     number = re.search(r"\s(\d+(?:\.\d+)+)\s", first + " ")
+    if "Kernel Module" not in first:
+        return None
     kind = "open" if "Open Kernel Module" in first else "proprietary"
     return f"{kind} {number[1]}" if number else kind
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from gpunvme.doctor.finding import Finding, Level
+from gpunvme.doctor.finding import Finding, Level, unknown
 
 if TYPE_CHECKING:
     from gpunvme.doctor.system import System
@@ -24,7 +24,8 @@ def check_engine(system: System) -> list[Finding]:
             "engine",
             f"the native engine cannot be imported: {reason}",
             cost="nothing can be read or written",
-            fix="pip install --force-reinstall gpunvme",
+            fix="install the package again",
+            commands=("pip install --force-reinstall gpunvme",),
         )
     ]
 
@@ -33,7 +34,7 @@ def check_kernel(system: System) -> list[Finding]:
     """Check the kernel's version against the interfaces that the engine uses."""
     release, version = system.kernel_release(), system.kernel_version()
     if version == (0, 0):
-        return [Finding(Level.YELLOW, "kernel", f"the kernel's version cannot be told ({release})")]
+        return [unknown("kernel", f"version ({release})", system.unreadable("/proc/sys/kernel/osrelease"))]
     if version < (5, 1):
         return [
             Finding(
@@ -59,19 +60,21 @@ def check_io_uring(system: System) -> list[Finding]:
             f"refused: {reason}",
             cost="threads do the O_DIRECT reads: the same bytes, more CPU time per byte",
             fix=_io_uring_fix(system),
+            commands=("sudo sysctl kernel.io_uring_disabled=0",) if _switched_off(system) else (),
         )
     ]
+
+
+def _switched_off(system: System) -> bool:
+    return system.read_int("/proc/sys/kernel/io_uring_disabled") in {1, 2}
 
 
 def _io_uring_fix(system: System) -> str:
     disabled = system.read_int("/proc/sys/kernel/io_uring_disabled")
     if disabled == 2:
-        return "sudo sysctl kernel.io_uring_disabled=0"
+        return "a setting of the kernel forbids it to all: allow it"
     if disabled == 1:
-        return (
-            "sudo sysctl kernel.io_uring_disabled=0"
-            " (now it is for CAP_SYS_ADMIN and the group in kernel.io_uring_group)"
-        )
+        return "it is for CAP_SYS_ADMIN and the group in kernel.io_uring_group: join that, or allow it to all"
     if _status(system).get("Seccomp") == "2":
         where = "this container's" if system.in_container() else "a"
         return (

@@ -82,7 +82,8 @@ def check_huge_pages(system: System) -> list[Finding]:
                 "huge pages",
                 "transparent huge pages are off",
                 cost="a new host destination faults once per 4 KiB instead of once per 2 MiB",
-                fix="echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
+                fix="let programs ask for them, until the next boot",
+                commands=("echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",),
             )
         ]
     mode = next((word.strip("[]") for word in text.split() if word.startswith("[")), text)

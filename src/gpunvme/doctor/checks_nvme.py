@@ -132,9 +132,7 @@ def check_heat(system: System) -> list[Finding]:
                 )
             )
         elif most is not None and now >= most:
-            findings.append(
-                Finding(Level.RED, "heat", fact, cost="it slows itself down to cool, by a half and more", fix=cooling)
-            )
+            findings.append(Finding(Level.RED, "heat", fact, cost="it slows itself down to cool", fix=cooling))
         elif most is not None and now >= most - _WARM:
             findings.append(
                 Finding(Level.YELLOW, "heat", fact, cost="under load it will slow itself down", fix=cooling)

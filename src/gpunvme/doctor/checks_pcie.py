@@ -41,7 +41,7 @@ def check_pcie_path(system: System) -> list[Finding]:
                     Level.YELLOW,
                     "PCIe path",
                     f"{names} are below different host bridges {sockets}",
-                    cost="a direct transfer crosses the CPU's fabric, or is refused; the host path is often as fast",
+                    cost="a direct transfer crosses the CPU's fabric, or is refused",
                     fix="move the drive to a slot below the GPU's switch or host bridge (gpunvme nvme topology)",
                 )
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gpunvme.doctor.block_device import BlockDevice, device_of_mount
-from gpunvme.doctor.finding import Finding, Level
+from gpunvme.doctor.finding import Finding, Level, unknown
 from gpunvme.doctor.pcie import NvmeController, nvme_controllers
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def check_file_system(system: System, path: str, mount: Mount | None, direct_rea
         Why O_DIRECT was refused there when tried; empty if it works.
     """
     if mount is None:
-        return [Finding(Level.YELLOW, "file system", f"{path}: its mount is not in /proc/self/mountinfo")]
+        return [unknown("file system", path, "its mount is not in /proc/self/mountinfo")]
     device = device_of_mount(system, mount)
     drives = device.drives() if device else []
     on = f" on {', '.join(_drive_name(drive) for drive in drives)}" if drives else f" from {mount.source}"

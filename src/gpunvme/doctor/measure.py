@@ -216,7 +216,7 @@ def probe_doorbells(system: System, gpu: Copier, name: str) -> list[Finding]:
                     Level.YELLOW,
                     "probe: doorbells",
                     f"{pair}: {error}",
-                    cost="a host thread forwards doorbells: a few microseconds and one CPU",
+                    cost="a host thread forwards doorbells: later, and a CPU is busy with it",
                     fix="another kernel or driver may allow it; GPU queues choose by themselves",
                 )
             )
