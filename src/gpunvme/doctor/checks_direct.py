@@ -300,7 +300,7 @@ def check_direct_file_system(system: System, mount: Mount | None) -> list[Findin
                 Level.YELLOW,
                 "direct files",
                 f"{mount.kind} on {below}" + "".join(f", {each}" for each in options if each.startswith("data=")),
-                cost="cuFile's direct ways take ordered ext4, XFS and some network file systems; else bytes pass the host",
+                cost="cuFile goes directly on ordered ext4, XFS and some network file systems; bytes pass the host",
                 fix="keep what GPUs read on ext4 (data=ordered, the default) or XFS",
             )
         ]
