@@ -261,7 +261,7 @@ def probes(**answers: Any) -> Probes:
         cachestat_works=lambda: told["cachestat"],
         cufile_library=lambda: told["cufile"],
         nvme_admin=lambda device: told["admin"],
-        environment=told["environment"].get,
+        environment=told["environment"],
     )
 
 

@@ -164,7 +164,7 @@ CHANGES: dict[str, tuple[dict[str, str | bytes], str, Level, str]] = {
     ),
     "p2pdma not asked": ({"/etc/cufile.json": "{}"}, "cufile.json", YELLOW, "nothing"),
     "json broken": ({"/etc/cufile.json": "{properties"}, "cufile.json", YELLOW, "not understood"),
-    "json a list": ({"/etc/cufile.json": "[]"}, "cufile.json", YELLOW, "no object"),
+    "json a list": ({"/etc/cufile.json": "[]"}, "cufile.json", YELLOW, "not understood"),
     "module of another version": ({"/sys/module/gpunvme/version": "7"}, "kernel module", YELLOW, "made for 1"),
     "module says nothing": ({"/sys/module/gpunvme/parameters": ""}, "kernel module", YELLOW, "unknown"),
     "iommu passes": ({"/sys/module/gpunvme/version": "1"}, "IOMMU", YELLOW, "identity"),

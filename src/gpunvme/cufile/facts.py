@@ -30,7 +30,7 @@ _SYMBOLS_AT_LEAST = 1000
 def _text(root: Path, name: str) -> str | None:
     try:
         return (root / name.lstrip("/")).read_bytes().decode("utf-8", "replace").strip("\0 \n\t")
-    except OSError:
+    except (OSError, ValueError):  # a name made of another file's text may hold a NUL
         return None
 
 
@@ -129,7 +129,7 @@ def settings(root: Path = _ROOT, environ: Mapping[str, str] | None = None) -> Se
             properties, logging = parsed.get("properties", {}), parsed.get("logging", {})
             if not isinstance(properties, dict) or not isinstance(logging, dict):
                 raise ValueError("properties and logging are objects")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             problem, properties, logging = f"{place} is not understood: {error}", {}, {}
     elif "CUFILE_ENV_PATH_JSON" in environ:
         problem = f"{place}, which CUFILE_ENV_PATH_JSON names, cannot be read"

@@ -6,13 +6,13 @@ drive and a GPU.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from typing import TYPE_CHECKING
 
+from gpunvme.cufile import facts
 from gpunvme.doctor.block_device import BlockDevice, device_of_mount
-from gpunvme.doctor.checks_gpu import driver_version, kernel_option
+from gpunvme.doctor.checks_gpu import driver_version
 from gpunvme.doctor.finding import Finding, Level, unknown
 from gpunvme.doctor.pairs import gpus, pairs
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _DMA_BUF_DRIVER = (515,)  # the first that exports GPU memory as a dma-buf
 _SILENT_CUFILE = (1, 17)  # from here on cuFile registers handles without nvidia-fs
-_SYMBOLS_AT_LEAST = 1000  # a shorter list is one that the kernel hides from us
 _MODPROBE = "/etc/modprobe.d/nvidia-static-bar1.conf"
 _PARAMS = "/proc/driver/nvidia/params"
 
@@ -67,9 +66,10 @@ def check_static_bar1(system: System) -> list[Finding]:
     """Check whether NVIDIA's driver maps all GPU memory into BAR1, as P2PDMA needs it on x86."""
     if not pairs(system):
         return []
-    if (text := system.read(_PARAMS)) is None:
+    asked = facts.static_bar1(system.root)
+    if asked is None:
         return [unknown("static BAR1", "RMForceStaticBar1", system.unreadable(_PARAMS))]
-    if static_bar1(text):
+    if asked:
         return [Finding(Level.GREEN, "static BAR1", "RMForceStaticBar1=1")]
     return [
         Finding(
@@ -86,32 +86,17 @@ def check_static_bar1(system: System) -> list[Finding]:
     ]
 
 
-def static_bar1(params: str) -> bool:
-    """Tell whether the driver's parameters (``/proc/driver/nvidia/params``) ask for a static BAR1."""
-    return re.search(r"RMForceStaticBar1\s*=\s*(0x)?0*1\b", params, re.IGNORECASE) is not None
-
-
-def nvidia_fs(system: System) -> str | None:
-    """Return the version of the nvidia-fs module, ``unknown`` if it does not say, None where it is not loaded."""
-    text = system.read("/proc/driver/nvidia-fs/version")
-    if text is None:
-        loaded = system.exists("/proc/driver/nvidia-fs") or system.exists("/sys/module/nvidia_fs")
-        return "unknown" if loaded else None
-    number = re.search(r"\d+(\.\d+)+", text)
-    return number[0] if number else "unknown"
-
-
 def check_nvidia_fs(system: System) -> list[Finding]:
     """Check whether nvidia-fs is loaded, where nothing else can take its place."""
     if not pairs(system):
         return []
-    version = nvidia_fs(system)
-    if version == "unknown":
+    version = facts.nvidia_fs(system.root)
+    if version is not None and not re.match(r"\d", version):
         why = system.unreadable("/proc/driver/nvidia-fs/version")
         return [unknown("nvidia-fs", "loaded, version", why)]
     if version is not None:
         return [Finding(Level.GREEN, "nvidia-fs", version)]
-    if kernel_p2pdma(system) and not p2pdma_blockers(system):
+    if facts.kernel_p2pdma(system.root) and not p2pdma_blockers(system):
         return [Finding(Level.GREEN, "nvidia-fs", "not loaded; P2PDMA takes its place")]
     return [
         Finding(
@@ -125,17 +110,6 @@ def check_nvidia_fs(system: System) -> list[Finding]:
     ]
 
 
-def kernel_p2pdma(system: System) -> bool | None:
-    """Tell whether the running kernel has PCI P2PDMA, by its configuration, else by its symbols; None: it is hidden."""
-    option = kernel_option(system, "CONFIG_PCI_P2PDMA")
-    if option is not None:
-        return option == "y"
-    symbols = system.read_bytes("/proc/kallsyms") or b""
-    if b" pci_p2pdma_" in symbols:
-        return True
-    return False if symbols.count(b"\n") > _SYMBOLS_AT_LEAST else None
-
-
 def p2pdma_blockers(system: System) -> list[str]:
     """Return what of this machine keeps cuFile from P2PDMA, in words; the kernel's option apart."""
     blockers = []
@@ -144,7 +118,7 @@ def p2pdma_blockers(system: System) -> list[str]:
         blockers.append(f"Linux {version[0]}.{version[1]} is older than 6.2")
     if (driver_version(system) or "").startswith("proprietary"):
         blockers.append("the GPU's driver is the proprietary one")
-    if not static_bar1(system.read(_PARAMS) or ""):
+    if not facts.static_bar1(system.root):
         blockers.append("no static BAR1")
     x86 = "vendor_id" in (system.read("/proc/cpuinfo") or "")
     types = [
@@ -161,11 +135,11 @@ def check_p2pdma(system: System) -> list[Finding]:
     """Check whether the kernel, and what cuFile asks besides, let a drive write into GPU memory without nvidia-fs."""
     if not pairs(system):
         return []
-    has = kernel_p2pdma(system)
+    has = facts.kernel_p2pdma(system.root)
     if has is None:
         why = system.unreadable(f"/boot/config-{system.kernel_release()}")
         return [unknown("P2PDMA", "CONFIG_PCI_P2PDMA", f"{why}; /proc/kallsyms shows no symbols")]
-    instead = nvidia_fs(system) is not None
+    instead = facts.nvidia_fs(system.root) is not None
     if not has:
         return [
             Finding(
@@ -228,30 +202,29 @@ def check_cufile_json(system: System) -> list[Finding]:
     """Check what cuFile's configuration asks for."""
     if not pairs(system) or system.probes.cufile_library() is None:
         return []
-    place = system.probes.environment("CUFILE_ENV_PATH_JSON") or "/etc/cufile.json"
-    text = system.read(place)
-    if text is None:
-        if system.exists(place) or place != "/etc/cufile.json":
-            return [unknown("cufile.json", place, system.unreadable(place))]
-        return [Finding(Level.GREEN, "cufile.json", "none: cuFile's defaults hold")]
-    properties = _properties(text)
-    if isinstance(properties, str):
+    settings = facts.settings(system.root, system.probes.environment)
+    if settings.problem:
         return [
             Finding(
                 Level.YELLOW,
                 "cufile.json",
-                f"{place} is not understood: {properties}",
+                settings.problem,
                 cost="cuFile may refuse to start, or use its defaults",
                 fix="correct it, or remove it to have the defaults",
             )
         ]
-    asked = [
-        f"{name}={str(properties[name]).lower()}"
-        for name in ("force_compat_mode", "allow_compat_mode", "use_pci_p2pdma")
-        if isinstance(properties.get(name), bool)
-    ]
-    fact = f"{place}: {', '.join(asked) or 'nothing that matters here'}"
-    if properties.get("force_compat_mode") is True:
+    if not settings.place:
+        if system.exists("/etc/cufile.json"):
+            return [unknown("cufile.json", "/etc/cufile.json", system.unreadable("/etc/cufile.json"))]
+        return [Finding(Level.GREEN, "cufile.json", "none: cuFile's defaults hold")]
+    named = {
+        "force_compat_mode": settings.force_compat,
+        "allow_compat_mode": settings.allow_compat,
+        "use_pci_p2pdma": settings.use_p2pdma,
+    }
+    asked = [f"{name}={str(value).lower()}" for name, value in named.items() if value is not None]
+    fact = f"{settings.place}: {', '.join(asked) or 'nothing that matters here'}"
+    if settings.force_compat:
         return [
             Finding(
                 Level.YELLOW,
@@ -261,7 +234,7 @@ def check_cufile_json(system: System) -> list[Finding]:
                 fix='set "force_compat_mode": false in its "properties"',
             )
         ]
-    if nvidia_fs(system) is None and kernel_p2pdma(system) and properties.get("use_pci_p2pdma") is not True:
+    if facts.nvidia_fs(system.root) is None and facts.kernel_p2pdma(system.root) and not settings.use_p2pdma:
         return [
             Finding(
                 Level.YELLOW,
@@ -272,18 +245,6 @@ def check_cufile_json(system: System) -> list[Finding]:
             )
         ]
     return [Finding(Level.GREEN, "cufile.json", fact)]
-
-
-def _properties(text: str) -> dict[str, object] | str:
-    """Return the object ``properties``, or in words what is wrong. NVIDIA's own file has ``//`` comments."""
-    bare = re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*', lambda match: match[1] or "", text)
-    bare = re.sub(r'("(?:\\.|[^"\\])*")|,(?=\s*[}\]])', lambda match: match[1] or "", bare)
-    try:
-        parsed = json.loads(bare)
-    except (ValueError, RecursionError) as error:
-        return str(error)
-    properties = parsed.get("properties", {}) if isinstance(parsed, dict) else None
-    return properties if isinstance(properties, dict) else "properties is no object"
 
 
 def check_direct_file_system(system: System, mount: Mount | None) -> list[Finding]:

@@ -1,10 +1,8 @@
-"""The GPU: driver, CUDA, the PCIe link; and what the kernel was configured with."""
+"""The GPU: driver, CUDA, the PCIe link."""
 
 from __future__ import annotations
 
-import gzip
 import re
-import zlib
 from typing import TYPE_CHECKING
 
 from gpunvme.doctor.finding import Finding, Level
@@ -98,20 +96,3 @@ def short_address(bus_id: str) -> str:
     """Turn CUDA's ``00000000:01:00.0`` into sysfs's ``0000:01:00.0``."""
     domain, separator, rest = bus_id.lower().partition(":")
     return f"{domain[-4:]:0>4}{separator}{rest}"
-
-
-def kernel_option(system: System, name: str) -> str | None:
-    """Return an option of the running kernel's configuration: its value, ``n`` if unset, None if unknown."""
-    packed = system.read_bytes("/proc/config.gz")
-    text: str | None = None
-    if packed is not None:
-        try:
-            text = gzip.decompress(packed).decode("utf-8", "replace")
-        except (OSError, EOFError, zlib.error):
-            text = None
-    if text is None:
-        text = system.read(f"/boot/config-{system.kernel_release()}")
-    if text is None:
-        return None
-    found = re.search(rf"^{name}=(.+)$", text, re.MULTILINE)
-    return found[1].strip('"') if found else "n"

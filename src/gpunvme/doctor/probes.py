@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gpunvme.doctor.nvme_admin import ask_controller
@@ -37,7 +38,7 @@ class Probes:
         What the controller behind a device file such as ``/dev/nvme0`` answers to Identify and to Get Log Page, or in
         words why it cannot be asked.
     environment
-        The value of an environment variable.
+        The environment variables.
     """
 
     engine_reason: Callable[[], str]
@@ -47,7 +48,7 @@ class Probes:
     cachestat_works: Callable[[], bool]
     cufile_library: Callable[[], str | None]
     nvme_admin: Callable[[str], AdminAnswer | str] = ask_controller
-    environment: Callable[[str], str | None] = os.environ.get
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
 
 def native_probes() -> Probes:
