@@ -87,6 +87,11 @@ def _table(heads: list[str], lines: list[list[str]], kinds: list[str] | None = N
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
+def _whole(figure: str) -> str:
+    """Keep a figure and its unit on one line."""
+    return f'<span class="figure">{figure}</span>'
+
+
 def _verdict(ratio: float | None) -> str:
     if ratio is None:
         return "—"
@@ -106,8 +111,8 @@ def _compared(rows: list[Row]) -> Iterator[tuple[str, Row | None, Row | None, Ro
         )
 
 
-def _median(row: Row | None) -> float | None:
-    return None if row is None else float(row["median"])
+def _median(row: Row | None) -> float:
+    return 0.0 if row is None else float(row["median"])
 
 
 def _over(one: float | None, other: float | None) -> float | None:
@@ -124,9 +129,11 @@ def _summary(rows: list[Row]) -> str:
         lines.append(
             [
                 escape(case),
-                rate_text(some, mine),
-                rate_text(some, theirs) + (f"<br/><small>{escape(peer['contestant'])}</small>" if peer else ""),
-                rate_text(some, most) + (f"<br/><small>{escape(limit['contestant'])}</small>" if limit else ""),
+                _whole(rate_text(some, mine or None)),
+                _whole(rate_text(some, theirs or None))
+                + (f"<br/><small>{escape(peer['contestant'])}</small>" if peer else ""),
+                _whole(rate_text(some, most or None))
+                + (f"<br/><small>{escape(limit['contestant'])}</small>" if limit else ""),
                 f"{ratio_text(mine, theirs)} {_verdict(_over(mine, theirs))}",
                 ratio_text(mine, most),
             ]
@@ -142,12 +149,32 @@ def _summary(rows: list[Row]) -> str:
     return "<h2>In short</h2>\n" + _table(heads, lines)
 
 
+def _lost(result: dict[str, Any]) -> Iterator[str]:
+    """Yield where another way was better, of everything that was measured."""
+    for case, ours, peer, _ in _compared(result["results"]):
+        if ours and peer and ours["median"] < peer["median"] * (1 - _CLOSE):
+            yield f"{case}: {ratio_text(ours['median'], peer['median'])} of {peer['contestant']}"
+    swept: list[Row] = result.get("sweep", {}).get("rows", [])
+    for size in dict.fromkeys(row["block"] for row in swept):
+        done = [row for row in swept if row["block"] == size and row["median"] is not None]
+        ours, peer = (
+            max((row for row in done if row["kind"] == kind), key=_median, default=None) for kind in ("ours", "peer")
+        )
+        if ours and peer and ours["median"] < peer["median"] * (1 - _CLOSE):
+            yield (
+                f"requests of {size_text(size)} at their best depth: {ratio_text(ours['median'], peer['median'])} of "
+                f"{peer['contestant']}"
+            )
+    for case in contest.cases(result.get("latency", [])):
+        done = [row for row in result["latency"] if row["case"] == case and row["p50"] is not None]
+        mine = min((row["p50"] for row in done if row["kind"] == "ours"), default=None)
+        theirs = min((row["p50"] for row in done if row["kind"] == "peer"), default=None)
+        if mine and theirs and mine > theirs * (1 + _CLOSE):
+            yield f"{case}: half of them took {_time(mine)}; the best of today's ways took {_time(theirs)}"
+
+
 def _losses(result: dict[str, Any]) -> str:
-    told = [
-        f"{escape(case)}: {ratio_text(ours['median'], peer['median'])} of {escape(peer['contestant'])}"
-        for case, ours, peer, _ in _compared(result["results"])
-        if ours and peer and ours["median"] < peer["median"] * (1 - _CLOSE)
-    ]
+    told = [escape(loss) for loss in _lost(result)]
     rows = result["results"] + result.get("latency", [])
     absent = [
         f"{escape(row['case'])}, {escape(row['contestant'])}: {escape(row['failure'])}"
@@ -185,8 +212,8 @@ def _machine(result: dict[str, Any]) -> str:
 
 def _paths(rows: list[Row]) -> str:
     text = (
-        "<h2>Case by case</h2>\n<p>One plot for each case. Blue is gpunvme, grey are the ways of today; the dashed line "
-        "is the limit. Thin black lines reach from the slowest to the fastest run.</p>\n"
+        "<h2>Case by case</h2>\n<p>One plot for each case. Blue is gpunvme, grey are the ways of today; the dashed "
+        "line is the limit. Thin black lines reach from the slowest to the fastest run.</p>\n"
     )
     figures = []
     for number, case in enumerate(contest.cases(rows)):
@@ -216,8 +243,8 @@ def _sweep(sweep: dict[str, Any]) -> str:
         text += _figure("Throughput of gpunvme by depth", plots.depth_plot("depths", rows, knee))
         text += (
             f"<p>The <b>knee</b> (circle): requests of <b>{size_text(knee['block'])}</b> at depth "
-            f"<b>{knee['depth']}</b> reach {_plain(knee['median'])}, {knee['median'] / knee['best']:.0%} of the best, {_plain(knee['best'])}. "
-            f"It is the least in flight that reaches {ENOUGH:.0%}; more pays little.</p>\n"
+            f"<b>{knee['depth']}</b> reach {_plain(knee['median'])}, {knee['median'] / knee['best']:.0%} of the best, "
+            f"{_plain(knee['best'])}. It is the least in flight that reaches {ENOUGH:.0%}; more pays little.</p>\n"
         )
     return text + _sweep_tables(sweep)
 

@@ -7,8 +7,12 @@ WORDS = (
     ("today's ways", "what people use without it: pread on one or many threads, mmap and a copy. Also called peers"),
     (
         "limit",
-        "what the machine can do at most, measured in the same run: raw O_DIRECT reads and fio, which leave what they "
-         "read in host memory; for data that is cached and goes to a GPU, a copy from page-locked memory",
+        (
+            "what the machine can do at most, measured in the same run: raw O_DIRECT reads and fio, which leave what "
+            "they read in host memory; for data that is cached and goes to a GPU, a copy from page-locked memory. Where "
+            "a part is cached the limit still reads all of it from the drive, so that more than 1.00× is possible; and "
+            "a drive is not equally fast in every run"
+        ),
     ),
     ("hot", "all of it is in the page cache, the kernel's copy of files in memory: no drive takes part"),
     (
@@ -48,6 +52,7 @@ details td:nth-child(2), details td:last-child, details th:nth-child(2), details
 details td:last-child { min-width: 22em; }
 tr.ours td { font-weight: 600; }
 tr.limit td { color: #c2410c; }
+.figure { white-space: nowrap; }
 small { color: #6b7280; }
 .win { color: #15803d; font-weight: 600; }
 .loss { color: #b91c1c; font-weight: 600; }

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 from gpunvme.bench.contest import Row
 from gpunvme.bench.machine import size_text
+from gpunvme.bench.report import told_in_requests
 from gpunvme.bench.sweep import GATHER, OURS
 from gpunvme.errors import Error
 
@@ -108,6 +109,8 @@ def contest_plot(name: str, rows: list[Row]) -> str:
     bars = [row for row in done if row["kind"] != "limit"]
     limit = max((row["median"] for row in done if row["kind"] == "limit"), default=None)
     scale, unit = _unit([row["high"] for row in done])
+    if told_in_requests(done[0]):
+        scale, unit = done[0]["block"] * 1e3, "k IOPS: thousand requests a second"
 
     def draw(axes: Any) -> None:
         places = range(len(bars))
@@ -121,11 +124,11 @@ def contest_plot(name: str, rows: list[Row]) -> str:
         axes.set_yticks(places, [row["contestant"] for row in bars])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
-        axes.set_xlim(left=0)
         axes.set_xlabel(unit)
         if limit is not None:
             axes.axvline(limit / scale, color=_COLOURS["limit"], linestyle="--", linewidth=1.6, label="limit")
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+        axes.set_xlim(0, 1.05 * max(row["high"] for row in done) / scale)
 
     return _drawn(name, 5.6, 0.95 + 0.34 * max(2, len(bars)), draw)
 
@@ -198,6 +201,8 @@ def depth_plot(name: str, rows: list[Row], knee: dict[str, Any] | None) -> str:
 
 def latency_plot(name: str, rows: list[Row]) -> str:
     """Draw what share of requests was done after how long, on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     done = [row for row in rows if row["quantiles"]]
     scale, unit = (1e3, "ms") if min(row["p50"] for row in done) >= 1e-3 else (1e6, "µs")
 
@@ -212,7 +217,10 @@ def latency_plot(name: str, rows: list[Row]) -> str:
                 label=row["contestant"] + (" (limit)" if row["kind"] == "limit" else ""),
             )
         axes.set_xscale("log")
+        few = max(row["most"] for row in done) < 100 * min(row["least"] for row in done)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"{unit} for one request")
         axes.set_ylabel("% of requests done")
         axes.set_ylim(0, 101)

@@ -19,7 +19,7 @@ _QUICK = 0.25  # of these
 class BenchGroup(TyperGroup):
     """``bench compare …``, and ``bench [FILE] …``, which needs no name of its own."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the name of the usual command in front, unless the other one is asked for."""
         if not args or args[0] not in self.commands:
             args = ["run", *args]
