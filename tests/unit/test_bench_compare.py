@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from rich.console import Console
 
 from gpunvme.bench import compare
 from gpunvme.cli import main
@@ -64,6 +66,10 @@ def test_only_our_own_losses_are_regressions() -> None:
     told = compare.compare(old, new, 0.1)
     assert [each["verdict"] for each in told["rows"]] == ["same", "slower", "slower"]
     assert told["regressions"] == []
+    assert told["others"] == pytest.approx(0.5)
+    text = io.StringIO()
+    compare.render(told, Console(file=text, width=160))
+    assert "the machine was slower, or busy" in text.getvalue()
 
 
 def test_what_broke_is_a_regression_and_what_was_not_asked_for_is_none() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,16 +77,19 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float) -> 
     -------
     dict
         ``rows`` (``case``, ``contestant``, ``kind``, ``before``, ``after`` in bytes per second, ``ratio`` of medians,
-        ``low`` and ``high`` of what the ratio may be by the spread, ``verdict``), ``differences`` of what was measured
-        on (``what``, ``before``, ``after``), ``comparable`` (nothing but versions differs), ``threshold`` and
+        ``low`` and ``high`` of what the ratio may be by the spread, ``verdict``), ``others`` (the median ratio of peers
+        and limits: what became of the machine), ``differences`` of what was measured on (``what``, ``before``,
+        ``after``), ``comparable`` (nothing but versions differs), ``threshold`` and
         ``regressions``: rows of ours that are slower, or not measured any more.
     """
     old = {_key(row): row for row in _rows(before)}
     new = {_key(row): row for row in _rows(after)}
     rows = [_compared(old.get(key), new.get(key), threshold) for key in dict.fromkeys([*old, *new])]
     differences = list(_differences(before, after))
+    others = [float(row["ratio"]) for row in rows if row["kind"] != "ours" and row["ratio"] is not None]
     return {
         "rows": rows,
+        "others": statistics.median(others) if others else None,
         "differences": differences,
         "comparable": all(difference["what"].startswith("version") for difference in differences),
         "threshold": threshold,
@@ -164,6 +168,11 @@ def render(compared: dict[str, Any], console: Console) -> None:
             style=style if row["kind"] == "ours" else f"dim {style}",
         )
     console.print(table)
+    if compared["others"] is not None:
+        text = f"Half of the ratios of peers and limits are above {compared['others']:.2f}×."
+        if compared["others"] < 1 - compared["threshold"]:
+            text += " They fell too: the machine was slower, or busy. Measure again before you believe a loss."
+        console.print(text, highlight=False)
     count, share = len(compared["regressions"]), f"{compared['threshold']:.0%}"
     console.print(
         f"{count} figures of gpunvme are lower by more than {share} and by more than the spread, or are missing."

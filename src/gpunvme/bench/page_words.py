@@ -10,8 +10,8 @@ WORDS = (
         (
             "what the machine can do at most, measured in the same run: raw O_DIRECT reads and fio, which leave what "
             "they read in host memory; for data that is cached and goes to a GPU, a copy from page-locked memory. "
-            "Where a part is cached the limit still reads all of it from the drive, so that more than 1.00× is possible; "
-            "and a drive is not equally fast in every run"
+            "Where a part is cached the limit still reads all of it from the drive, so that more than 1.00× is "
+            "possible. Nor is a drive equally fast in every run"
         ),
     ),
     ("hot", "all of it is in the page cache, the kernel's copy of files in memory: no drive takes part"),
