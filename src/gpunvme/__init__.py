@@ -40,6 +40,7 @@ from gpunvme.file import File, open
 from gpunvme.many import read_many
 from gpunvme.memory import Buffer, Device, Span
 from gpunvme.paths.base import Verdict
+from gpunvme.totals import stats
 from gpunvme.transfer import Transfer
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ __all__ = [
     "read_many",
     "safe_open",
     "save_file",
+    "stats",
     "tiers",
 ]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, Self
 
+from gpunvme import totals
 from gpunvme.errors import (
     AccessDeniedError,
     Cancelled,
@@ -21,6 +22,13 @@ from gpunvme.errors import (
 )
 
 Progress = Callable[[int, int], object]
+
+# None unless NVTX ranges are asked for: then nothing is even imported.
+_ranges: Any = None
+if os.environ.get("GPUNVME_NVTX"):
+    from gpunvme import nvtx_ranges
+
+    _ranges = nvtx_ranges.load()
 
 # How often a waiting thread looks for Ctrl-C and calls a progress callback, in seconds.
 _TICK = 0.05
@@ -98,6 +106,9 @@ class Transfer:
         self._settled = False
         self._failure: BaseException | None = None
         self._report: Report | None = None
+        self._part = False
+        if _ranges is not None:
+            self._range = _ranges.start(f"transfer of {format_bytes(nbytes)}")
         _remember(self)
 
     @classmethod
@@ -109,6 +120,9 @@ class Transfer:
         transfer._failure = None
         transfer._progress = None
         transfer._settled = True
+        totals.count(report, failed=False)
+        if _ranges is not None:
+            _ranges.mark(f"transfer of {format_bytes(nbytes)} by {report.path}")
         return transfer
 
     @property
@@ -232,12 +246,20 @@ class Transfer:
                     self._on_done(self._failure is None)
             except Exception as error:  # noqa: BLE001 - whatever it is, whoever waits must hear of it
                 self._failure = self._failure or error
-            self._report = self._movement.report()
+            report = self._report = self._movement.report()
             self._keep = None
             self._settled = True
+            if not self._part:
+                totals.count(report, failed=self._failure is not None)
+            if _ranges is not None:
+                _ranges.end(self._range)
         finally:
             self._lock.release()
         _forget(self)
+
+    def _count_with_whole(self) -> None:
+        """Leave the counting to the transfer that this one is a part of."""
+        self._part = True
 
     def _leave_to_parent(self) -> None:
         """In a forked child: the transfer is the parent's, and so is what follows its end."""

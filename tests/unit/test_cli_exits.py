@@ -19,7 +19,7 @@ from gpunvme.cli.output import duration, size, speed
 if TYPE_CHECKING:
     from pathlib import Path
 
-COMMANDS = ("demo", "load", "copy", "info", "bench", "doctor")
+COMMANDS = ("demo", "load", "copy", "info", "bench", "doctor", "stats")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ OURS = {
     "gpunvme.paths.nvme",
     "gpunvme.replace",
     "gpunvme.streams",
+    "gpunvme.totals",
     "gpunvme.transfer",
 }
 NOT_WANTED = {

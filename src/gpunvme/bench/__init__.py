@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gpunvme
-from gpunvme.bench import cases, contest, fio, machine
+from gpunvme.bench import cases, contest, fio, latency, machine, sweep
 from gpunvme.bench.contest import Row
 from gpunvme.bench.destinations import destination, gpu_name, resolve_device
 from gpunvme.bench.scratch import remove_quietly, temporary_file
@@ -29,6 +29,8 @@ def run_bench(
     sizes: list[int] | None = None,
     write: bool = False,
     quick: bool = False,
+    latency_seconds: float | None = None,
+    sweep_seconds: float | None = None,
     on_result: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure reading a file: with gpunvme, the ways people read files today, and the limit of the machine.
@@ -47,6 +49,10 @@ def run_bench(
         Whether to measure writing too, into a temporary file beside ``path``.
     quick : bool
         Fewer rounds and smaller reads: well under a minute.
+    latency_seconds : float, optional
+        Time single requests too, for about so long; see `latency.measure`.
+    sweep_seconds : float, optional
+        Measure by size and depth too, for about so long; see `sweep.measure`.
     on_result : callable, optional
         Called with each row as soon as it is known.
 
@@ -54,7 +60,8 @@ def run_bench(
     -------
     dict
         JSON-able: ``schema``, ``date``, ``machine``, ``device``, ``file``, ``versions``, ``results`` (rows) and
-        ``limits`` (per case, the best rate of the limit and of the peers, bytes per second).
+        ``limits`` (per case, the best rate of the limit and of the peers, bytes per second); ``latency`` and
+        ``sweep`` where they were asked for.
 
     Raises
     ------
@@ -84,6 +91,10 @@ def run_bench(
             for row in case_rows if on_result is not None else []:
                 on_result(row)  # type: ignore[misc]
         result = _about(path, where, nbytes)
+        if latency_seconds is not None:
+            result["latency"] = latency.measure(subject, latency_seconds)
+        if sweep_seconds is not None:
+            result["sweep"] = sweep.measure(subject, sweep_seconds, on_result=on_result)
     result["results"] = rows
     result["limits"] = {
         name: {"limit": _rate(rows, name, "limit"), "best_peer": _rate(rows, name, "peer")}

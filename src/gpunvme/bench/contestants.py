@@ -169,7 +169,7 @@ def pread_sequential(work: Sequential, count: int) -> Contestant:
     )
 
 
-def _host_view(address: int, nbytes: int) -> memoryview:
+def host_view(address: int, nbytes: int) -> memoryview:
     """Return host memory at an address as something that Python reads into and writes from."""
     return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
 
@@ -177,7 +177,7 @@ def _host_view(address: int, nbytes: int) -> memoryview:
 def _read_part(fd: int, address: int, offset: int, nbytes: int, count: int) -> None:
     """Read a range of a file: one thread by plain calls, many in pieces of 1 MiB."""
     if count == 1:
-        view, done = _host_view(address, nbytes), 0
+        view, done = host_view(address, nbytes), 0
         while done < nbytes:
             got = os.preadv(fd, [view[done:]], offset + done)
             if got == 0:
@@ -305,7 +305,7 @@ def pwrite_sequential(path: str, source: Destination, nbytes: int) -> Contestant
         try:
             for offset in range(0, nbytes, source.window_bytes):
                 length = min(source.window_bytes, nbytes - offset)
-                held = _host_view(source.fetch_to_window(offset, length), length)
+                held = host_view(source.fetch_to_window(offset, length), length)
                 done = 0
                 while done < length:
                     done += os.pwrite(fd, held[done:], offset + done)

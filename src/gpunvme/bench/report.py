@@ -34,10 +34,15 @@ def rate_text(row: Row, rate: float | None) -> str:
     """
     if rate is None:
         return "—"
-    if str(row["case"]).startswith("random") and row["block"] <= _SMALL:
+    if told_in_requests(row):
         requests = rate / row["block"]
         return f"{requests / 1e6:.2f} M IOPS" if requests >= 1e6 else f"{requests / 1e3:.3g} k IOPS"
     return f"{rate / 1e9:.3g} GB/s" if rate >= 1e9 else f"{rate / 1e6:.3g} MB/s"
+
+
+def told_in_requests(row: Row) -> bool:
+    """Whether a row's rate is told in requests per second: of small random reads."""
+    return bool(str(row["case"]).startswith("random") and row["block"] <= _SMALL)
 
 
 def ratio_text(rate: float | None, other: float | None) -> str:

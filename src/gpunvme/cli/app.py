@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import gpunvme
-from gpunvme.cli import catalog, nvme, nvme_devices, tier
-from gpunvme.cli.bench import bench
+from gpunvme.cli import bench, catalog, nvme, nvme_devices, tier
 from gpunvme.cli.copy import copy
 from gpunvme.cli.demo import demo
 from gpunvme.cli.doctor import doctor
 from gpunvme.cli.exits import MEANINGS, Exit, report_error
 from gpunvme.cli.info import info
 from gpunvme.cli.load import load
+from gpunvme.cli.stats import stats
 from gpunvme.errors import Error
 
 if TYPE_CHECKING:
@@ -70,9 +70,13 @@ def _forget_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
 
 
-for _command in (demo, load, copy, catalog.pack, info, bench, doctor):
+for _command in (demo, load, copy, catalog.pack, info, doctor, stats):
     app.command(epilog=EPILOG)(_reported(_command))
 
+_bench = typer.Typer(cls=bench.BenchGroup, help="Measure this library, what people use today, and the limit.")
+for _of_bench in (bench.run, bench.compare):
+    _bench.command(epilog=EPILOG)(_reported(_of_bench))
+app.add_typer(_bench, name="bench")
 
 _nvme = typer.Typer(no_args_is_help=True, help="NVMe controllers, driven from user space.", epilog=EPILOG)
 _nvme.command("list", epilog=EPILOG)(_reported(nvme_devices.list_controllers))

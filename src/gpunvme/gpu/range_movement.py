@@ -248,6 +248,7 @@ class RangeMovement:
 
     def _launched(self, transfer: Transfer, nbytes: int, cuts: NDArray[np.void] | None) -> _Launch:
         launch = _Launch(transfer, nbytes, cuts)
+        transfer._count_with_whole()
         launch.job.repeat_lost()  # nothing follows on the lane's stream before it has ended
         return launch
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gpunvme import _native
+from gpunvme import _native, totals
 from gpunvme.errors import Cancelled, SpanError
 from gpunvme.memory import Device, Span, address_of
 from gpunvme.paths.base import OpenMovement, Order, Part, Source, Verdict
@@ -83,6 +83,8 @@ class HostPath:
             if not _native.small_read(file, offset, span.nbytes, span.device.native, stream or 0, span.ptr):
                 return None
         except _native.Failure as failure:
+            # It never becomes a transfer, and counts all the same.
+            totals.count(Report(self.name, "failed", time.perf_counter() - start), failed=True)
             raise_native(failure)
         seconds = time.perf_counter() - start
         bounced = span.nbytes if span.device.is_gpu else 0
