@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <mutex>
+#include <new>
 #include <shared_mutex>
 #include <thread>
 #include <unordered_map>
@@ -35,18 +36,14 @@ Library& library() {
   return *instance;
 }
 
-void before_fork() {
-  library().lifetime.lock();
-  library().handles.lock();
-}
+// Not `lifetime`: shutdown holds it while it takes the engine's lock, which a fork holds before it comes here.
+void before_fork() { library().handles.lock(); }
 
-void after_fork_in_parent() {
-  library().handles.unlock();
-  library().lifetime.unlock();
-}
+void after_fork_in_parent() { library().handles.unlock(); }
 
 void after_fork_in_child() {
   library().calls.store(0);  // the threads that made them exist in the parent only
+  new (&library().lifetime) std::mutex;  // one of them may have held it
   after_fork_in_parent();
 }
 
