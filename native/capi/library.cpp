@@ -43,8 +43,10 @@ void after_fork_in_parent() { library().handles.unlock(); }
 
 void after_fork_in_child() {
   library().calls.store(0);  // the threads that made them exist in the parent only
-  new (&library().lifetime) std::mutex;  // one of them may have held it
-  after_fork_in_parent();
+  // Locks of threads that are not here: one may have held the first, and the second knows its holder by the parent's
+  // thread id.
+  new (&library().lifetime) std::mutex;
+  new (&library().handles) std::shared_mutex;
 }
 
 }  // namespace

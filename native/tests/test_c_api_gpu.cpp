@@ -106,9 +106,9 @@ TEST(a_read_waits_for_the_stream_and_for_nobody_longer_than_told) {
   Library library;
   {
     const TestFile file(kMiB);
-    Stream stream(0);
     DeviceMemory memory(0, kMiB, 1);
     DeviceMemory seen(0, kMiB, 0);
+    Stream stream(0);  // whose end waits for what still uses them
     // A kernel of the caller's that still reads the memory when the transfer is asked for.
     Fake::instance().launch_copy(0, stream.handle, seen.address(), memory.address(), kMiB, 100'000);
     gpunvme_handle transfer = 0;
@@ -129,7 +129,9 @@ TEST(a_read_waits_for_the_stream_and_for_nobody_longer_than_told) {
     CHECK_EQ(gpunvme_read_async(file.source, 0, kMiB, at(memory.address()), 0, stream.handle, kLimit, &transfer),
              GPUNVME_OK);
     CHECK_EQ(gpunvme_close(transfer), GPUNVME_OK);
+    Fake::instance().stream_synchronize(0, stream.handle);
     memory.put(Bytes(kMiB, 3));
+    Fake::instance().wait_idle();
     CHECK_EQ(first_difference(memory.bytes(), Bytes(kMiB, 3)), -1);
   }
   library.check();
@@ -264,8 +266,8 @@ TEST(a_layer_that_is_late_can_be_asked_for_again) {
     const gpunvme_extent extents[] = {{0, 0, kMiB, 0}, {1, kMiB, kMiB, 0}};
     gpunvme_handle loader = 0;
     CHECK_EQ(gpunvme_layer_loader_init(file.source, extents, 2, 1, 0, &loader), GPUNVME_OK);
-    Stream stream(0);
     DeviceMemory elsewhere(0, kMiB);
+    Stream stream(0);
     void* address = nullptr;
     CHECK_EQ(gpunvme_layer_loader_load_layer(loader, 0, stream.handle, kLimit, &address, nullptr), GPUNVME_OK);
     Fake::instance().launch_fill(0, stream.handle, elsewhere.address(), 1, kMiB, 200'000);
@@ -285,9 +287,9 @@ TEST(a_shutdown_ends_what_is_under_way) {
   Library library;
   const TestFile file(kMiB);
   {
-    Stream stream(0);
     DeviceMemory memory(0, kMiB);
     DeviceMemory elsewhere(0, kMiB);
+    Stream stream(0);
     const gpunvme_extent extents[] = {{0, 0, kMiB, 0}, {1, 0, kMiB, 0}};
     gpunvme_handle loader = 0;
     gpunvme_handle transfer = 0;

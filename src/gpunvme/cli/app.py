@@ -12,6 +12,7 @@ import typer
 import gpunvme
 from gpunvme.cli import catalog, nvme, nvme_devices, tier
 from gpunvme.cli.bench import bench
+from gpunvme.cli.config import config
 from gpunvme.cli.copy import copy
 from gpunvme.cli.demo import demo
 from gpunvme.cli.doctor import doctor
@@ -70,7 +71,7 @@ def _forget_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
 
 
-for _command in (demo, load, copy, catalog.pack, info, bench, doctor):
+for _command in (demo, load, copy, catalog.pack, info, bench, doctor, config):
     app.command(epilog=EPILOG)(_reported(_command))
 
 
