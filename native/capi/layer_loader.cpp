@@ -69,8 +69,8 @@ void LayerLoader::make_plans(const Source& source, const gpunvme_extent* extents
               [](const Segment& a, const Segment& b) { return a.address < b.address; });
     for (std::size_t i = 1; i < segments.size(); ++i) {
       if (segments[i - 1].address + segments[i - 1].nbytes > segments[i].address) {
-        throw Refusal(GPUNVME_EINVAL, "two extents of layer " + number(layer) + " go to position " +
-                                          number(segments[i].address));
+        throw Refusal(GPUNVME_EINVAL,
+                      "two extents of layer " + number(layer) + " go to position " + number(segments[i].address));
       }
     }
   }
@@ -120,8 +120,8 @@ LayerLoader::Layer LayerLoader::load(std::uint64_t layer, void* stream, const De
   std::lock_guard lock(mutex_);
   if (stopped_) throw Refusal(GPUNVME_ECANCELED, "the layer loader was destroyed");
   if (layer >= plans_.size()) {
-    throw Refusal(GPUNVME_ERANGE, "there are layers 0 to " + number(plans_.size() - 1) + ", and no layer " +
-                                      number(layer));
+    throw Refusal(GPUNVME_ERANGE,
+                  "there are layers 0 to " + number(plans_.size() - 1) + ", and no layer " + number(layer));
   }
   take_back();
   for (Slot& slot : slots_) settle(slot);

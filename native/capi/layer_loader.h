@@ -67,7 +67,7 @@ class LayerLoader : public Object {
   std::vector<Plan> plans_;
   std::mutex mutex_;
   std::vector<Slot> slots_;
-  CUstream behind_ = nullptr;     // of our own; has waited for all that layers were used for
+  CUstream behind_ = nullptr;      // of our own; has waited for all that layers were used for
   std::optional<void*> given_to_;  // the stream that works with the layer that the caller has
   bool stopped_ = false;
 };

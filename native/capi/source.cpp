@@ -13,7 +13,7 @@ namespace gpunvme::capi {
 namespace {
 
 void refuse_block_device(const std::string& path) {
-  throw file_failure(EPERM, "this release does not write to block devices", path);
+  throw file_failure(EPERM, "the C interface does not write to block devices", path);
 }
 
 }  // namespace

@@ -70,8 +70,7 @@ void finish_job(Job& job, const Deadline& deadline) {
 void fill_report(gpunvme_report* report, const Job& job) {
   if (report == nullptr) return;
   const Counts counts = job.counts();
-  *report = {"host",          counts.total(), counts.direct, counts.cached, counts.buffered,
-             counts.bounced, job.seconds(),  {}};
+  *report = {"host", counts.total(), counts.direct, counts.cached, counts.buffered, counts.bounced, job.seconds(), {}};
 }
 
 void throw_failure(const Job& job) {
@@ -113,8 +112,8 @@ void read(const Source& source, std::uint64_t offset, const Place& to, const Dea
     }
     return;
   }
-  const auto job = begin_job(options_for(Job::Direction::kRead, to), source.file(),
-                             {{0, offset, to.nbytes, to.address}});
+  const auto job =
+      begin_job(options_for(Job::Direction::kRead, to), source.file(), {{0, offset, to.nbytes, to.address}});
   complete(*job, deadline, report);
 }
 

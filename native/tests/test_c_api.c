@@ -17,23 +17,23 @@ static char path[300];
 static unsigned char* expected;
 static unsigned char* memory;  // as large, and 64 bytes
 
-#define CHECK(condition)                                                                                   \
-  do {                                                                                                     \
-    if (!(condition)) {                                                                                    \
+#define CHECK(condition)                                                                                    \
+  do {                                                                                                      \
+    if (!(condition)) {                                                                                     \
       printf("FAILED %s:%d: not %s (%s)\n", __FILE__, __LINE__, #condition, gpunvme_last_error()->message); \
-      exit(1);                                                                                             \
-    }                                                                                                      \
+      exit(1);                                                                                              \
+    }                                                                                                       \
   } while (0)
 
 // The call fails with that code, which is also the last error's, and says so in these words.
-#define CHECK_FAILS(call, expected_code, words)                                               \
-  do {                                                                                        \
-    const int code_of_call = (call);                                                          \
-    if (code_of_call != (expected_code) || gpunvme_last_error()->code != (expected_code) ||   \
-        strstr(gpunvme_last_error()->message, (words)) == NULL) {                             \
+#define CHECK_FAILS(call, expected_code, words)                                                                        \
+  do {                                                                                                                 \
+    const int code_of_call = (call);                                                                                   \
+    if (code_of_call != (expected_code) || gpunvme_last_error()->code != (expected_code) ||                            \
+        strstr(gpunvme_last_error()->message, (words)) == NULL) {                                                      \
       printf("FAILED %s:%d: %s is %d (%s)\n", __FILE__, __LINE__, #call, code_of_call, gpunvme_last_error()->message); \
-      exit(1);                                                                                \
-    }                                                                                         \
+      exit(1);                                                                                                         \
+    }                                                                                                                  \
   } while (0)
 
 static gpunvme_handle opened(uint32_t mode) {
@@ -178,9 +178,10 @@ static void gathers(void) {
 
 static void reads_kinds(void) {
   const gpunvme_handle source = opened(GPUNVME_READ_ONLY);
-  const gpunvme_kind table[] = {
-      {7, 512, 1000, 100}, {UINT64_MAX, 4096, 4096, 0}, {9, 0, 10, 3},           {10, FILE_BYTES - 4, 8, 1},
-      {11, 0, 4, 1},       {11, 8, 4, 1},               {12, UINT64_MAX, 8, 1}, {13, 8, UINT64_MAX, 1}};
+  const gpunvme_kind table[] = {{7, 512, 1000, 100},    {UINT64_MAX, 4096, 4096, 0},
+                                {9, 0, 10, 3},          {10, FILE_BYTES - 4, 8, 1},
+                                {11, 0, 4, 1},          {11, 8, 4, 1},
+                                {12, UINT64_MAX, 8, 1}, {13, 8, UINT64_MAX, 1}};
   const uint64_t entries = sizeof table / sizeof *table;
 #define KIND(kind, index, count) \
   gpunvme_kind_read(source, table, entries, kind, index, count, memory, GPUNVME_HOST, NULL, 60000, NULL)
@@ -265,7 +266,8 @@ static void loads_layers(void) {
     }
     {
       void* address = NULL;
-      CHECK_FAILS(gpunvme_layer_loader_load_layer(loader, LAYERS, NULL, 60000, &address, NULL), GPUNVME_ERANGE, "0 to 6");
+      CHECK_FAILS(gpunvme_layer_loader_load_layer(loader, LAYERS, NULL, 60000, &address, NULL), GPUNVME_ERANGE,
+                  "0 to 6");
       CHECK_FAILS(gpunvme_layer_loader_load_layer(loader, 0, NULL, 60000, NULL, NULL), GPUNVME_EINVAL, "address");
       CHECK_FAILS(gpunvme_close(loader), GPUNVME_EINVAL, "a layer loader");
       CHECK_FAILS(gpunvme_wait(loader, 0, NULL), GPUNVME_EINVAL, "a layer loader, not for a transfer");
@@ -352,9 +354,9 @@ static void without_a_gpu(void) {
   CHECK(gpunvme_close(source) == GPUNVME_OK);
 }
 
-#define RUN(test)                   \
-  do {                              \
-    test();                         \
+#define RUN(test)                  \
+  do {                             \
+    test();                        \
     printf("ok      %s\n", #test); \
   } while (0)
 

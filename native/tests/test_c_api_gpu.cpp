@@ -81,7 +81,8 @@ TEST(reads_writes_and_gathers) {
     DeviceMemory memory(1, 3 * kMiB + 5);
     for (const std::uint64_t nbytes : {0ul, 100ul, 65536ul, 3 * kMiB}) {
       gpunvme_report report;
-      CHECK_EQ(gpunvme_read(file.source, 5, nbytes, at(memory.address()), 1, stream.handle, kLimit, &report), GPUNVME_OK);
+      CHECK_EQ(gpunvme_read(file.source, 5, nbytes, at(memory.address()), 1, stream.handle, kLimit, &report),
+               GPUNVME_OK);
       CHECK_EQ(first_difference(memory.bytes().data(), file.bytes.data() + 5, nbytes), -1);
       CHECK_EQ(report.nbytes, nbytes);
       CHECK_EQ(report.bounced_bytes, nbytes);
@@ -123,7 +124,8 @@ TEST(a_read_waits_for_the_stream_and_for_nobody_longer_than_told) {
     CHECK_EQ(first_difference(seen.bytes(), Bytes(kMiB, 1)), -1);
     // A deadline that passes while the stream is still busy.
     Fake::instance().launch_copy(0, stream.handle, seen.address(), memory.address(), kMiB, 200'000);
-    CHECK_EQ(gpunvme_read(file.source, 0, kMiB, at(memory.address()), 0, stream.handle, 20, nullptr), GPUNVME_ETIMEDOUT);
+    CHECK_EQ(gpunvme_read(file.source, 0, kMiB, at(memory.address()), 0, stream.handle, 20, nullptr),
+             GPUNVME_ETIMEDOUT);
     // Given up: when close returns, nothing writes there any more.
     Fake::instance().launch_copy(0, stream.handle, seen.address(), memory.address(), kMiB, 50'000);
     CHECK_EQ(gpunvme_read_async(file.source, 0, kMiB, at(memory.address()), 0, stream.handle, kLimit, &transfer),
@@ -175,8 +177,7 @@ TEST(what_the_driver_refuses_is_an_error_and_leaves_nothing) {
           void* address = nullptr;
           worst = std::min(worst, gpunvme_layer_loader_load_layer(loader, layer, nullptr, kLimit, &address, nullptr));
         }
-        const int read =
-            gpunvme_read(file.source, 0, 2 * kMiB, at(memory.address()), 0, nullptr, kLimit, nullptr);
+        const int read = gpunvme_read(file.source, 0, 2 * kMiB, at(memory.address()), 0, nullptr, kLimit, nullptr);
         CHECK(worst == GPUNVME_OK || worst == GPUNVME_ECUDA);
         CHECK(read == GPUNVME_OK || read == GPUNVME_ECUDA);
         if (read == GPUNVME_OK) CHECK_EQ(first_difference(memory.bytes(), file.bytes), -1);
@@ -245,8 +246,8 @@ TEST(a_slot_is_not_overwritten_while_a_kernel_reads_it) {
         std::uint64_t nbytes = 0;
         CHECK_EQ(gpunvme_layer_loader_load_layer(loader, layers.back(), stream, kLimit, &address, &nbytes), GPUNVME_OK);
         CHECK_EQ(nbytes, kBytes);
-        Fake::instance().launch_copy(0, stream, seen.address() + number * kBytes, reinterpret_cast<std::uint64_t>(address),
-                                     kBytes, random.below(4) * 1000);
+        Fake::instance().launch_copy(0, stream, seen.address() + number * kBytes,
+                                     reinterpret_cast<std::uint64_t>(address), kBytes, random.below(4) * 1000);
       }
       for (const Stream& stream : streams) Fake::instance().stream_synchronize(0, stream.handle);
       CHECK_EQ(gpunvme_layer_loader_destroy(loader), GPUNVME_OK);

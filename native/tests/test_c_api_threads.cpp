@@ -65,8 +65,8 @@ TEST(threads_share_a_source_and_have_errors_of_their_own) {
       const std::uint64_t offset = random.below(kBytes);
       const std::uint64_t nbytes = random.below(kBytes - offset + 1);
       Bytes bytes(nbytes);
-      CHECK_EQ(gpunvme_read(source, static_cast<std::int64_t>(offset), nbytes, bytes.data(), GPUNVME_HOST, nullptr, 60'000,
-                            nullptr),
+      CHECK_EQ(gpunvme_read(source, static_cast<std::int64_t>(offset), nbytes, bytes.data(), GPUNVME_HOST, nullptr,
+                            60'000, nullptr),
                GPUNVME_OK);
       CHECK_EQ(first_difference(bytes.data(), shared.bytes.data() + offset, nbytes), -1);
       const auto mine = static_cast<std::int64_t>(kBytes + thread + 1);
@@ -91,8 +91,8 @@ TEST(threads_grow_one_file) {
       CHECK_EQ(gpunvme_write(file, offset, kPart, shared.bytes.data() + offset, GPUNVME_HOST, nullptr, 60'000, nullptr),
                GPUNVME_OK);
       // Others that fail behind it take nothing away: they had no time at all.
-      const int late = gpunvme_write(file, offset + static_cast<std::int64_t>(kPart), 10, shared.bytes.data() + offset + kPart,
-                                     GPUNVME_HOST, nullptr, 0, nullptr);
+      const int late = gpunvme_write(file, offset + static_cast<std::int64_t>(kPart), 10,
+                                     shared.bytes.data() + offset + kPart, GPUNVME_HOST, nullptr, 0, nullptr);
       CHECK(among(late, {GPUNVME_OK, GPUNVME_ETIMEDOUT}));
     }
   });
@@ -201,7 +201,8 @@ TEST(senseless_arguments) {
         break;
       case 3:
         code = gpunvme_kind_read(handle(), random.one_in(9) ? nullptr : table, random.below(3), 1, number(),
-                                 random.below(2), random.one_in(2) ? nullptr : memory, device(), nullptr, timeout(), nullptr);
+                                 random.below(2), random.one_in(2) ? nullptr : memory, device(), nullptr, timeout(),
+                                 nullptr);
         break;
       case 4:
         code = gpunvme_write(handle(), offset(), small(), to(), device(), nullptr, timeout(), nullptr);

@@ -68,18 +68,18 @@ extern "C" {
 
 typedef enum gpunvme_status {
   GPUNVME_OK = 0,
-  GPUNVME_EINVAL = -1,        // an argument or a handle makes no sense
-  GPUNVME_ENOTINIT = -2,      // gpunvme_init() was not called, or gpunvme_shutdown() was
-  GPUNVME_ERANGE = -3,        // the source does not have that range
-  GPUNVME_EFILE = -4,         // the operating system refused: gpunvme_error.system_error is the errno
-  GPUNVME_ETRUNCATED = -5,    // the file ended before the bytes that it had when the transfer began
-  GPUNVME_ECUDA = -6,         // a CUDA call failed, or CUDA cannot be used here
-  GPUNVME_ETIMEDOUT = -7,     // not complete by its deadline
-  GPUNVME_ECANCELED = -8,     // stopped by gpunvme_close() or gpunvme_shutdown()
-  GPUNVME_EAGAIN = -9,        // gpunvme_wait() only: it is still moving, wait again
-  GPUNVME_ENOMEM = -10,       // no memory, of the host or of the GPU
-  GPUNVME_EUNSUPPORTED = -11, // this library cannot do that
-  GPUNVME_EINTERNAL = -12     // a mistake in the library
+  GPUNVME_EINVAL = -1,         // an argument or a handle makes no sense
+  GPUNVME_ENOTINIT = -2,       // gpunvme_init() was not called, or gpunvme_shutdown() was
+  GPUNVME_ERANGE = -3,         // the source does not have that range
+  GPUNVME_EFILE = -4,          // the operating system refused: gpunvme_error.system_error is the errno
+  GPUNVME_ETRUNCATED = -5,     // the file ended before the bytes that it had when the transfer began
+  GPUNVME_ECUDA = -6,          // a CUDA call failed, or CUDA cannot be used here
+  GPUNVME_ETIMEDOUT = -7,      // not complete by its deadline
+  GPUNVME_ECANCELED = -8,      // stopped by gpunvme_close() or gpunvme_shutdown()
+  GPUNVME_EAGAIN = -9,         // gpunvme_wait() only: it is still moving, wait again
+  GPUNVME_ENOMEM = -10,        // no memory, of the host or of the GPU
+  GPUNVME_EUNSUPPORTED = -11,  // this library cannot do that
+  GPUNVME_EINTERNAL = -12      // a mistake in the library
 } gpunvme_status;
 
 // What went wrong in a thread's latest call that failed.
@@ -160,8 +160,8 @@ GPUNVME_API int gpunvme_close(gpunvme_handle handle);
 GPUNVME_API int gpunvme_read(gpunvme_handle source, int64_t offset, uint64_t nbytes, void* to, int32_t device,
                              void* stream, int64_t timeout_ms, gpunvme_report* report);
 
-// The same, unfinished. Every transfer is ended by gpunvme_wait(), gpunvme_close() or gpunvme_shutdown(); until then the
-// memory is the library's to write. The source may be closed meanwhile. `stream` must live until then.
+// The same, unfinished. Every transfer is ended by gpunvme_wait(), gpunvme_close() or gpunvme_shutdown(); until then
+// the memory is the library's to write. The source may be closed meanwhile. `stream` must live until then.
 GPUNVME_API int gpunvme_read_async(gpunvme_handle source, int64_t offset, uint64_t nbytes, void* to, int32_t device,
                                    void* stream, int64_t timeout_ms, gpunvme_handle* transfer);
 
@@ -170,9 +170,9 @@ GPUNVME_API int gpunvme_read_async(gpunvme_handle source, int64_t offset, uint64
 // NULL; it is also filled in where the transfer failed.
 GPUNVME_API int gpunvme_wait(gpunvme_handle transfer, int64_t timeout_ms, gpunvme_report* report);
 
-// Writes memory to [offset, offset + nbytes) of a source, which grows as needed. A full disk is found before anything is
-// written, where the file system can reserve space; a file that grew is cut back when the write fails. The bytes need
-// not be on the drive when it returns: see gpunvme_sync().
+// Writes memory to [offset, offset + nbytes) of a source, which grows as needed. A full disk is found before anything
+// is written, where the file system can reserve space; a file that grew is cut back when the write fails. The bytes
+// need not be on the drive when it returns: see gpunvme_sync().
 GPUNVME_API int gpunvme_write(gpunvme_handle source, int64_t offset, uint64_t nbytes, const void* from, int32_t device,
                               void* stream, int64_t timeout_ms, gpunvme_report* report);
 
