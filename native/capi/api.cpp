@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "catalog_source.h"
 #include "gpunvme/gpunvme.h"
 #include "layer_loader.h"
 #include "library.h"
@@ -69,6 +70,32 @@ int gpunvme_open(const char* path, uint32_t mode, gpunvme_handle* source) {
   return call([&] {
     require(source, "source");
     *source = add_handle(Source::open(path, mode));
+  });
+}
+
+int gpunvme_open_catalog(const char* path, gpunvme_handle* catalog) {
+  return call([&] {
+    require(catalog, "catalog");
+    *catalog = add_handle(CatalogSource::open(path));
+  });
+}
+
+int gpunvme_catalog_kinds(gpunvme_handle catalog, gpunvme_kind* table, uint64_t capacity, uint64_t* entries) {
+  return call([&] {
+    require(entries, "entries");
+    if (capacity > 0) require(table, "table");
+    const auto found = find<CatalogSource>(catalog);
+    const auto& kinds = found->kinds();
+    for (std::uint64_t i = 0; i < capacity && i < kinds.size(); ++i) table[i] = kinds[i];
+    *entries = kinds.size();
+  });
+}
+
+int gpunvme_catalog_find(gpunvme_handle catalog, const char* name, uint64_t* kind) {
+  return call([&] {
+    require(name, "name");
+    require(kind, "kind");
+    *kind = find<CatalogSource>(catalog)->kind_of(name);
   });
 }
 
@@ -153,6 +180,11 @@ int gpunvme_kind_read(gpunvme_handle source, const gpunvme_kind* table, uint64_t
   return call([&] {
     const Deadline deadline(timeout_ms);
     const auto from = find<Source>(source);
+    const auto* const catalog = dynamic_cast<const CatalogSource*>(from.get());
+    if (table == nullptr && entries == 0 && catalog != nullptr) {
+      table = catalog->kinds().data();
+      entries = catalog->kinds().size();
+    }
     if (entries > 0) require(table, "table");
     const gpunvme_kind& region = kind_in(table, entries, kind);
     const std::uint64_t record = region.record_bytes == 0 ? 1 : region.record_bytes;
@@ -169,6 +201,7 @@ int gpunvme_kind_read(gpunvme_handle source, const gpunvme_kind* table, uint64_t
     if (region.start > INT64_MAX) throw Refusal(GPUNVME_ERANGE, which + " begins beyond the end of any file");
     const std::uint64_t start = from->checked_range(static_cast<std::int64_t>(region.start), region.length);
     read(*from, start + index * record, checked_place(to, count * record, device, stream), deadline, report);
+    if (catalog != nullptr) catalog->check_current();
   });
 }
 

@@ -138,7 +138,7 @@ LayerLoader::Layer LayerLoader::load(std::uint64_t layer, void* stream, const De
     }
     slot->job->wait_for(deadline.nap());
   }
-  const auto failure = slot->job == nullptr ? std::nullopt : slot->job->failure();
+  const auto failure = slot->job == nullptr ? std::nullopt : failure_of(*slot->job);
   settle(*slot);
   if (failure) throw *failure;
   if (device_ != kHost) given_to_ = stream;

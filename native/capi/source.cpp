@@ -18,7 +18,7 @@ void refuse_block_device(const std::string& path) {
 
 }  // namespace
 
-std::shared_ptr<Source> Source::open(const char* path, std::uint32_t mode) {
+std::shared_ptr<SourceFile> Source::open_file(const char* path, std::uint32_t mode) {
   if (path == nullptr) throw Refusal(GPUNVME_EINVAL, "the path is NULL");
   if (mode > GPUNVME_CREATE) throw Refusal(GPUNVME_EINVAL, "mode " + std::to_string(mode) + " is none");
   const std::string name = path;
@@ -33,7 +33,11 @@ std::shared_ptr<Source> Source::open(const char* path, std::uint32_t mode) {
                                          SourceFile::Mode::kCreate};
   auto file = SourceFile::open(name, kModes[mode]);
   if (file->is_block_device() && file->writable()) refuse_block_device(name);
-  return std::shared_ptr<Source>(new Source(std::move(file)));
+  return file;
+}
+
+std::shared_ptr<Source> Source::open(const char* path, std::uint32_t mode) {
+  return std::shared_ptr<Source>(new Source(open_file(path, mode)));
 }
 
 std::uint64_t Source::checked_range(std::int64_t offset, std::uint64_t nbytes) const {

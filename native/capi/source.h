@@ -22,6 +22,9 @@ class Source : public Object {
   const char* what() const override { return kWhat; }
   void stop() override {}
 
+  // Throws Refusal or Failure (kFile).
+  static std::shared_ptr<SourceFile> open_file(const char* path, std::uint32_t mode);
+
   const std::shared_ptr<SourceFile>& file() const { return file_; }
   // The range as the engine counts. Throws Refusal (GPUNVME_ERANGE) if the file does not have it.
   std::uint64_t checked_range(std::int64_t offset, std::uint64_t nbytes) const;
@@ -42,9 +45,10 @@ class Source : public Object {
     bool kept_ = false;
   };
 
- private:
+ protected:
   explicit Source(std::shared_ptr<SourceFile> file) : file_(std::move(file)) {}
 
+ private:
   const std::shared_ptr<SourceFile> file_;
   std::mutex mutex_;
   std::multiset<std::uint64_t> ends_;  // of the writes in progress

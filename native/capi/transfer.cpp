@@ -73,8 +73,18 @@ void fill_report(gpunvme_report* report, const Job& job) {
   *report = {"host", counts.total(), counts.direct, counts.cached, counts.buffered, counts.bounced, job.seconds(), {}};
 }
 
+std::optional<Failure> failure_of(const Job& job) {
+  const auto failure = job.failure();
+  if (!failure) return std::nullopt;
+  Failure own(failure->kind, std::string(failure->what()));
+  own.error_number = failure->error_number;
+  own.file = failure->file;
+  own.offset = failure->offset;
+  return own;
+}
+
 void throw_failure(const Job& job) {
-  if (const auto failure = job.failure()) throw *failure;
+  if (const auto failure = failure_of(job)) throw *failure;
 }
 
 Transfer::~Transfer() {

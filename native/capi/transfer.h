@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -22,7 +23,9 @@ void stop_job(Job& job, FailureKind kind);
 void finish_job(Job& job, const Deadline& deadline);
 // As the caller wants it, who may not (null).
 void fill_report(gpunvme_report* report, const Job& job);
-// Throws Failure if the job failed.
+// Why it failed, with a message that shares no memory with the job's, which a worker may be the last to let go.
+std::optional<Failure> failure_of(const Job& job);
+// Throws it, if there is one.
 void throw_failure(const Job& job);
 
 class Transfer : public Object {

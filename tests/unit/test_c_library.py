@@ -147,7 +147,7 @@ def test_beside_the_package_in_one_process(tmp_path: Path) -> None:
         arguments = (handle, ctypes.c_int64(0), ctypes.c_uint64(300_000), memory, ctypes.c_int32(-1), None)
         with gpunvme.open(tmp_path / "data") as file:
             assert library.gpunvme_read(*arguments, ctypes.c_int64(60_000), None) == 0
-            assert bytes(memoryview(file.read())) == memory.raw == data
+            assert np.asarray(file.read()).tobytes() == memory.raw == data
     finally:
         assert library.gpunvme_shutdown() == 0
 

@@ -79,7 +79,9 @@ typedef enum gpunvme_status {
   GPUNVME_EAGAIN = -9,         // gpunvme_wait() only: it is still moving, wait again
   GPUNVME_ENOMEM = -10,        // no memory, of the host or of the GPU
   GPUNVME_EUNSUPPORTED = -11,  // this library cannot do that
-  GPUNVME_EINTERNAL = -12      // a mistake in the library
+  GPUNVME_EINTERNAL = -12,     // a mistake in the library
+  GPUNVME_ECATALOG = -13,      // there is no catalog, or it is damaged
+  GPUNVME_ECHANGED = -14       // the catalog was changed meanwhile: open it again
 } gpunvme_status;
 
 // What went wrong in a thread's latest call that failed.
@@ -149,6 +151,20 @@ GPUNVME_API const gpunvme_error* gpunvme_last_error(void);
 // GPUNVME_EFILE, GPUNVME_EINVAL, GPUNVME_EUNSUPPORTED: see above.
 GPUNVME_API int gpunvme_open(const char* path, uint32_t mode, gpunvme_handle* source);
 
+// Opens a catalog (docs/catalog-format.md) on a file or block device for reading, as it is now. Whoever changes it
+// later leaves these regions as they are at first, and may overwrite them with its second change. The handle is a
+// source, too.
+//
+// GPUNVME_ECATALOG: there is no catalog, or it is damaged. GPUNVME_ECHANGED: it changed as often as it was looked at.
+GPUNVME_API int gpunvme_open_catalog(const char* path, gpunvme_handle* catalog);
+
+// The regions of a catalog: up to `capacity` of them into `table`, and how many there are into `entries`.
+GPUNVME_API int gpunvme_catalog_kinds(gpunvme_handle catalog, gpunvme_kind* table, uint64_t capacity,
+                                      uint64_t* entries);
+
+// The number of the region that is called so (UTF-8). GPUNVME_EINVAL: there is none.
+GPUNVME_API int gpunvme_catalog_find(gpunvme_handle catalog, const char* name, uint64_t* kind);
+
 // The size of a source now.
 GPUNVME_API int gpunvme_size(gpunvme_handle source, uint64_t* nbytes);
 
@@ -185,10 +201,11 @@ GPUNVME_API int gpunvme_gather(gpunvme_handle source, const int64_t* offsets, ui
                                int32_t device, void* stream, int64_t timeout_ms, gpunvme_report* report);
 
 // Reads records [index, index + count) of region `kind` of a table of `entries` regions. The table is only looked at
-// during the call.
+// during the call. NULL and 0 entries are a catalog's own.
 //
 // GPUNVME_EINVAL: the table has no such region, or two, or its length is no multiple of its record.
 // GPUNVME_ERANGE: the region has no such records, or does not lie in the source.
+// GPUNVME_ECHANGED: the region of a catalog may have been overwritten; so may what was read.
 GPUNVME_API int gpunvme_kind_read(gpunvme_handle source, const gpunvme_kind* table, uint64_t entries, uint64_t kind,
                                   uint64_t index, uint64_t count, void* to, int32_t device, void* stream,
                                   int64_t timeout_ms, gpunvme_report* report);
