@@ -152,6 +152,29 @@ def test_beside_the_package_in_one_process(tmp_path: Path) -> None:
         assert library.gpunvme_shutdown() == 0
 
 
+def test_a_catalog_that_python_wrote(tmp_path: Path) -> None:
+    import gpunvme
+
+    rows = np.random.default_rng(3).integers(0, 1 << 30, (1000, 25), np.int32)
+    with gpunvme.Catalog.create(tmp_path / "catalog") as catalog:
+        catalog.add(7, rows, name="rows")
+    library = ctypes.CDLL(str(c_library().file))
+    handle, kind = ctypes.c_uint64(), ctypes.c_uint64()
+    memory = np.zeros((10, 25), np.int32)
+    assert library.gpunvme_init(ctypes.c_uint32(1)) == 0
+    try:
+        assert library.gpunvme_open_catalog(str(tmp_path / "catalog").encode(), ctypes.byref(handle)) == 0
+        assert library.gpunvme_catalog_find(handle, b"rows", ctypes.byref(kind)) == 0
+        assert kind.value == 7
+        to = ctypes.c_void_p(memory.ctypes.data)
+        records = (ctypes.c_uint64(100), ctypes.c_uint64(10))
+        how = (to, ctypes.c_int32(-1), None, ctypes.c_int64(60_000), None)
+        assert library.gpunvme_kind_read(handle, None, ctypes.c_uint64(0), kind, *records, *how) == 0
+        assert np.array_equal(memory, rows[100:110])
+    finally:
+        assert library.gpunvme_shutdown() == 0
+
+
 def test_config_wants_to_know_what(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config"]) == Exit.USAGE
     assert "--cflags" in capsys.readouterr().err
