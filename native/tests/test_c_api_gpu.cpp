@@ -260,6 +260,36 @@ TEST(a_slot_is_not_overwritten_while_a_kernel_reads_it) {
   }
 }
 
+TEST(as_many_layers_as_there_are_slots_are_read_ahead) {
+  Library library;
+  {
+    const TestFile file(5 * kMiB);
+    std::vector<gpunvme_extent> extents;
+    for (std::uint64_t i = 0; i < 5; ++i) extents.push_back({i, i * kMiB, kMiB, 0});
+    const auto arrives = [](std::uint64_t nbytes) {
+      const auto give_up = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+      while (Fake::instance().counters().bytes_to_device < nbytes && std::chrono::steady_clock::now() < give_up) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));  // and no more than that
+      CHECK_EQ(Fake::instance().counters().bytes_to_device, nbytes);
+    };
+    gpunvme_handle loader = 0;
+    void* address = nullptr;
+    CHECK_EQ(gpunvme_layer_loader_init(file.source, extents.data(), 5, 3, 0, &loader), GPUNVME_OK);
+    arrives(3 * kMiB);
+    CHECK_EQ(gpunvme_layer_loader_load_layer(loader, 0, nullptr, kLimit, &address, nullptr), GPUNVME_OK);
+    arrives(3 * kMiB);
+    CHECK_EQ(gpunvme_layer_loader_load_layer(loader, 1, nullptr, kLimit, &address, nullptr), GPUNVME_OK);
+    arrives(4 * kMiB);
+    // Elsewhere: it, and the two behind it, of which the first one of the pass is not there any more.
+    CHECK_EQ(gpunvme_layer_loader_load_layer(loader, 4, nullptr, kLimit, &address, nullptr), GPUNVME_OK);
+    arrives(6 * kMiB);
+    CHECK_EQ(gpunvme_layer_loader_destroy(loader), GPUNVME_OK);
+  }
+  library.check();
+}
+
 TEST(a_layer_that_is_late_can_be_asked_for_again) {
   Library library;
   {
