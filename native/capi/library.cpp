@@ -80,8 +80,7 @@ void library_shutdown() {
     std::lock_guard handles(lib.handles);
     objects.swap(lib.objects);
   }
-  for (const auto& [handle, object] : objects) object->stop();
-  objects.clear();
+  objects.clear();  // nobody else has them: they stop what they do
   Engine::shutdown();
 }
 

@@ -314,6 +314,33 @@ TEST(a_layer_that_is_late_can_be_asked_for_again) {
   library.check();
 }
 
+TEST(a_layer_that_was_given_up_can_be_asked_for_again) {
+  Library library;
+  {
+    const TestFile file(6 * kMiB);
+    std::vector<gpunvme_extent> extents;
+    for (std::uint64_t i = 0; i < 6; ++i) extents.push_back({i, i * kMiB, kMiB, 0});
+    DeviceMemory elsewhere(0, kMiB);
+    Stream stream(0);
+    gpunvme_handle loader = 0;
+    CHECK_EQ(gpunvme_layer_loader_init(file.source, extents.data(), 6, 2, 0, &loader), GPUNVME_OK);
+    void* address = nullptr;
+    const auto load = [&](std::uint64_t layer, std::int64_t limit) {
+      return gpunvme_layer_loader_load_layer(loader, layer, stream.handle, limit, &address, nullptr);
+    };
+    CHECK_EQ(load(0, kLimit), GPUNVME_OK);
+    Fake::instance().launch_fill(0, stream.handle, elsewhere.address(), 1, kMiB, 300'000);
+    CHECK_EQ(load(3, 30), GPUNVME_ETIMEDOUT);  // 3 and 4 wait behind the stream
+    CHECK_EQ(load(1, 30), GPUNVME_ETIMEDOUT);  // and are given up, but cannot be over yet
+    CHECK_EQ(load(3, kLimit), GPUNVME_OK);
+    Bytes bytes(kMiB);
+    Fake::instance().peek(bytes.data(), reinterpret_cast<std::uint64_t>(address), kMiB);
+    CHECK_EQ(first_difference(bytes.data(), file.bytes.data() + 3 * kMiB, kMiB), -1);
+    CHECK_EQ(gpunvme_layer_loader_destroy(loader), GPUNVME_OK);
+  }
+  library.check();
+}
+
 TEST(a_shutdown_ends_what_is_under_way) {
   Library library;
   const TestFile file(kMiB);
