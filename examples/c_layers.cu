@@ -77,8 +77,10 @@ int main(int argc, char** argv) {
     }
   }
   CUDA(cudaStreamSynchronize(stream));  // before the loader takes its memory away
-  std::printf("%zu layers of %llu bytes, %lu times\n", extents.size(), static_cast<unsigned long long>(layer_bytes),
-              passes);
+  float first = 0;
+  CUDA(cudaMemcpy(&first, in, sizeof first, cudaMemcpyDeviceToHost));
+  std::printf("%zu layers of %llu bytes, %lu times: y[0] = %.7g\n", extents.size(),
+              static_cast<unsigned long long>(layer_bytes), passes, static_cast<double>(first));
   GPUNVME(gpunvme_layer_loader_destroy(loader));
   CUDA(cudaFree(in));
   CUDA(cudaFree(out));
