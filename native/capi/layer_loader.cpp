@@ -141,6 +141,7 @@ LayerLoader::Layer LayerLoader::load(std::uint64_t layer, void* stream, const De
   const auto failure = slot->job == nullptr ? std::nullopt : failure_of(*slot->job);
   settle(*slot);
   if (failure) throw *failure;
+  read_ahead(layer);  // slots that were given up may be free by now
   if (device_ != kHost) given_to_ = stream;
   return {slot->memory.address(), plans_[layer].nbytes};
 }
