@@ -88,7 +88,7 @@ pytest: setup $(VENV)/demo-checkpoint $(VENV)/guests native-plain  ## the Python
 
 # --- reading and writing
 
-CPP := $(wildcard native/*/*.cpp native/*/*.h native/*/*/*.cpp native/*/*/*.h)
+CPP := $(wildcard native/*/*.c native/*/*.cpp native/*/*.h native/*/*/*.cpp native/*/*/*.h)
 
 lint: setup  ## style and types, changing nothing
 	$(BIN)/ruff check

@@ -11,6 +11,7 @@ import typer
 
 import gpunvme
 from gpunvme.cli import bench, catalog, nvme, nvme_devices, tier
+from gpunvme.cli.config import config
 from gpunvme.cli.copy import copy
 from gpunvme.cli.demo import demo
 from gpunvme.cli.doctor import doctor
@@ -70,7 +71,7 @@ def _forget_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
 
 
-for _command in (demo, load, copy, catalog.pack, info, doctor, stats):
+for _command in (demo, load, copy, catalog.pack, info, doctor, stats, config):
     app.command(epilog=EPILOG)(_reported(_command))
 
 _bench = typer.Typer(cls=bench.BenchGroup, help="Measure this library, what people use today, and the limit.")
