@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import files
 import gpunvme
-from fake_cufile import COMPAT
+from fake_cufile import COMPAT, NVIDIA_FS
 from files import MIB
 from gpunvme.cufile import library
 
@@ -73,7 +73,8 @@ def test_reading(
     cuda: FakeCuda,
     cufile: FakeCufile,
     data: bytes,
-    file: gpunvme.File,
+    way: str,
+    file_of_way: gpunvme.File,
     span: tuple[int, int],
     device: int,
     wait: bool,
@@ -83,14 +84,18 @@ def test_reading(
     offset, nbytes = span
     cufile.set(short=short)
     with guarded(cuda, nbytes, device) as buffer:
-        transfer = file.read_into(part(buffer, nbytes), offset, wait=wait).wait(30)
+        transfer = file_of_way.read_into(part(buffer, nbytes), offset, wait=wait).wait(30)
         assert found(buffer, nbytes) == data[offset : offset + nbytes]
-    assert transfer.path == COMPAT
-    assert transfer.nbytes == nbytes == transfer.direct_bytes + transfer.buffered_bytes == transfer.bounced_bytes
+    assert transfer.path == way or not nbytes
+    assert transfer.nbytes == nbytes == transfer.direct_bytes + transfer.buffered_bytes
     if nbytes:
         assert "as cuFile counted" in transfer.reason
-        assert ("by threads" if wait else "in stream order") in transfer.reason
-        assert "cuFile 1.15" in transfer.reason
+        assert ("by threads" if wait or way == COMPAT else "in stream order (cuFile") in transfer.reason
+        assert "cuFile 1.16" in transfer.reason
+    if way == COMPAT:
+        assert transfer.bounced_bytes == nbytes
+        if nbytes and not wait:
+            assert "not in stream order (only compatibility mode is possible" in transfer.reason
 
 
 @relaxed
@@ -104,7 +109,8 @@ def test_gathering(
     cuda: FakeCuda,
     cufile: FakeCufile,
     data: bytes,
-    file: gpunvme.File,
+    way: str,
+    file_of_way: gpunvme.File,
     nbytes: int,
     count: int,
     seed: int,
@@ -115,12 +121,13 @@ def test_gathering(
     offsets = np.random.default_rng(seed).integers(0, SIZE - nbytes, count)
     expected = b"".join(data[offset : offset + nbytes] for offset in offsets)
     with guarded(cuda, len(expected)) as buffer:
-        file.gather(offsets, nbytes, out=part(buffer, len(expected)))
+        file_of_way.gather(offsets, nbytes, out=part(buffer, len(expected)))
         assert found(buffer, len(expected)) == expected
-    assert file.last_transfer is not None
+    assert file_of_way.last_transfer is not None
     if count:
-        assert "in batches" in file.last_transfer.reason
-        assert file.last_transfer.path == COMPAT
+        said = "not in batches (only compatibility mode" if way == COMPAT else "in batches (cuFile"
+        assert said in file_of_way.last_transfer.reason
+        assert file_of_way.last_transfer.path == way
 
 
 @relaxed
@@ -133,6 +140,7 @@ def test_gathering(
 def test_writing(
     cuda: FakeCuda,
     cufile: FakeCufile,
+    way: str,
     tmp_path_factory: pytest.TempPathFactory,
     offset: int,
     nbytes: int,
@@ -144,10 +152,10 @@ def test_writing(
     old, new = files.make(place, MIB), files.contents(nbytes, seed=2)
     cufile.set(short=short)
     unaligned = cufile.count("unaligned_io")
-    with gpunvme.open(place, "r+", path=COMPAT) as opened, cuda.alloc(nbytes) as buffer:
+    with gpunvme.open(place, "r+", path=way) as opened, cuda.alloc(nbytes) as buffer:
         buffer.poke(new)
         transfer = opened.write_from(buffer, offset, wait=wait).wait(30)
-        assert transfer.path == COMPAT
+        assert transfer.path == way
     expected = bytearray(old)
     expected.extend(bytes(max(0, offset + nbytes - len(old))))
     expected[offset : offset + nbytes] = new
@@ -180,16 +188,25 @@ def test_many_files(cuda: FakeCuda, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_read_waits_for_what_its_stream_has_to_do(
-    cuda: FakeCuda, data: bytes, file: gpunvme.File, wait: bool
+    cuda: FakeCuda, data: bytes, file_of_way: gpunvme.File, wait: bool
 ) -> None:
     stream = cuda.create_stream()
     with cuda.alloc(2 * MIB) as buffer, cuda.alloc(2 * MIB) as copy:
         buffer.poke(b"o" * 2 * MIB)
         buffer.copy_to(copy, stream=stream, delay_us=20_000)
         buffer.fill(7, stream=stream, delay_us=20_000)
-        file.read_into(buffer, 5, stream=stream, wait=wait).wait(30)
+        file_of_way.read_into(buffer, 5, stream=stream, wait=wait).wait(30)
         assert buffer.peek() == data[5 : 5 + 2 * MIB]
         assert copy.peek() == b"o" * 2 * MIB
+    cuda.destroy_stream(stream)
+
+
+def test_a_gather_waits_for_what_its_stream_has_to_do(cuda: FakeCuda, data: bytes, file_of_way: gpunvme.File) -> None:
+    stream = cuda.create_stream()
+    with cuda.alloc(200 * 4096) as buffer:
+        buffer.fill(7, stream=stream, delay_us=50_000)
+        file_of_way.gather(range(0, 200 * 4096, 4096), 4096, out=buffer, stream=stream)
+        assert buffer.peek() == data[: 200 * 4096]
     cuda.destroy_stream(stream)
 
 
@@ -211,13 +228,15 @@ def test_nothing_is_asked_of_cufile_before_its_time(
     cuda.destroy_stream(stream)
 
 
-def test_transfers_behind_blocked_streams_keep_nobody_waiting(cuda: FakeCuda, data: bytes, file: gpunvme.File) -> None:
+def test_transfers_behind_blocked_streams_keep_nobody_waiting(
+    cuda: FakeCuda, data: bytes, file_of_way: gpunvme.File
+) -> None:
     """However many transfers wait for a stream that waits for another transfer, that one goes on."""
     stream = cuda.create_stream()
     blocked = [cuda.alloc(MIB) for _ in range(40)]
     with cuda.gate(stream=stream) as gate, cuda.alloc(MIB) as free:
-        jobs = [file.read_into(each, stream=stream, wait=False) for each in blocked]
-        file.read_into(free, 3).wait(30)
+        jobs = [file_of_way.read_into(each, stream=stream, wait=False) for each in blocked]
+        file_of_way.read_into(free, 3).wait(30)
         assert not any(job.done for job in jobs)
         gate.set()
         for job in jobs:
@@ -233,12 +252,12 @@ def test_transfers_behind_blocked_streams_keep_nobody_waiting(cuda: FakeCuda, da
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("wait", [True, False])
 def test_negative_codes_are_no_byte_counts(
-    cuda: FakeCuda, cufile: FakeCufile, file: gpunvme.File, place: Path, code: int, k: int, wait: bool
+    cuda: FakeCuda, cufile: FakeCufile, direct_file: gpunvme.File, place: Path, code: int, k: int, wait: bool
 ) -> None:
     cufile.fail("Read" if wait else "ReadAsync", code, k)
     with cuda.alloc(4 * MIB) as buffer:
         with pytest.raises(gpunvme.Error) as caught:
-            file.read_into(buffer, wait=wait).wait(30)
+            direct_file.read_into(buffer, wait=wait).wait(30)
         if code in (-5, -1):
             if not (code == -1 and not wait):  # in a stream's order there is no errno with it
                 assert isinstance(caught.value, gpunvme.FileError)
@@ -251,7 +270,7 @@ def test_negative_codes_are_no_byte_counts(
             assert caught.value.code == -code
             assert str(place) in str(caught.value)
         # And the next one is as if nothing had been.
-        assert file.read_into(buffer, wait=wait).wait(30).path == COMPAT
+        assert direct_file.read_into(buffer, wait=wait).wait(30).path == NVIDIA_FS
 
 
 @pytest.mark.parametrize("code", [0, -5008, -1])
@@ -285,11 +304,11 @@ def test_more_than_was_asked_for(cuda: FakeCuda, cufile: FakeCufile, file: gpunv
 
 
 @pytest.mark.parametrize("wait", [True, False])
-def test_a_file_that_ends_early(cuda: FakeCuda, cufile: FakeCufile, tmp_path: Path, wait: bool) -> None:
+def test_a_file_that_ends_early(cuda: FakeCuda, cufile: FakeCufile, tmp_path: Path, way: str, wait: bool) -> None:
     files.make(tmp_path / "file", 3 * MIB)
     stream = cuda.create_stream()
     failures = []
-    with gpunvme.open(tmp_path / "file", path=COMPAT) as opened, cuda.alloc(3 * MIB) as buffer:
+    with gpunvme.open(tmp_path / "file", path=way) as opened, cuda.alloc(3 * MIB) as buffer:
 
         def run() -> None:
             try:
@@ -310,50 +329,50 @@ def test_a_file_that_ends_early(cuda: FakeCuda, cufile: FakeCufile, tmp_path: Pa
 
 
 @pytest.mark.parametrize("code", [-5012, -5])
-def test_a_failing_entry_of_a_batch(cuda: FakeCuda, cufile: FakeCufile, file: gpunvme.File, code: int) -> None:
+def test_a_failing_entry_of_a_batch(cuda: FakeCuda, cufile: FakeCufile, direct_file: gpunvme.File, code: int) -> None:
     """Its count is unsigned in the bindings; it is an error all the same, and no other entry is lost sight of."""
     cufile.fail("entry", code, 150)
     kind = gpunvme.CufileError if code == -5012 else gpunvme.FileError
     with cuda.alloc(300 * 4096) as buffer, pytest.raises(kind, match="batch request"):
-        file.gather(range(0, 300 * 4096, 4096), 4096, out=buffer)
+        direct_file.gather(range(0, 300 * 4096, 4096), 4096, out=buffer)
 
 
 @pytest.mark.parametrize("call", ["BatchIOSetUp", "BatchIOSubmit"])
-def test_batches_refused(cuda: FakeCuda, cufile: FakeCufile, data: bytes, file: gpunvme.File, call: str) -> None:
+def test_batches_refused(cuda: FakeCuda, cufile: FakeCufile, data: bytes, direct_file: gpunvme.File, call: str) -> None:
     """Then the same bytes come one request after the other, and the report says why."""
     cufile.fail(call, 5049)
     with cuda.alloc(100 * 5000) as buffer:
-        file.gather(range(0, 500_000, 5000), 5000, out=buffer)
+        direct_file.gather(range(0, 500_000, 5000), 5000, out=buffer)
         assert buffer.peek() == data[:500_000]
-    assert file.last_transfer is not None
-    assert "not in batches" in file.last_transfer.reason
-    assert "5049" in file.last_transfer.reason
+    assert direct_file.last_transfer is not None
+    assert "not in batches" in direct_file.last_transfer.reason
+    assert "5049" in direct_file.last_transfer.reason
 
 
 @pytest.mark.parametrize(("call", "k"), [("StreamRegister", 1), *(("submit ReadAsync", k) for k in range(1, 6))])
 def test_stream_order_refused(
-    cuda: FakeCuda, cufile: FakeCufile, data: bytes, file: gpunvme.File, call: str, k: int
+    cuda: FakeCuda, cufile: FakeCufile, data: bytes, direct_file: gpunvme.File, call: str, k: int
 ) -> None:
     cufile.fail(call, 5038, k)
     with cuda.alloc(8 * MIB) as buffer:
-        transfer = file.read_into(buffer, 7, wait=False).wait(30)
+        transfer = direct_file.read_into(buffer, 7, wait=False).wait(30)
         assert buffer.peek() == data[7 : 7 + 8 * MIB]
     if k == 1:
         assert "not in stream order" in transfer.reason
 
 
-def test_a_batch_that_hangs(cuda: FakeCuda, cufile: FakeCufile, file: gpunvme.File) -> None:
+def test_a_batch_that_hangs(cuda: FakeCuda, cufile: FakeCufile, direct_file: gpunvme.File) -> None:
     """Its memory stays reserved until cuFile has answered for every entry; then the deadline is what is told."""
     cufile.set(batch_hang=1)
     with cuda.alloc(100 * 4096) as buffer, pytest.raises(gpunvme.DeadlineExceeded):
-        file.gather(range(0, 100 * 4096, 4096), 4096, out=buffer, timeout=0.2)
+        direct_file.gather(range(0, 100 * 4096, 4096), 4096, out=buffer, timeout=0.2)
     assert cufile.calls("BatchIOCancel") == 1
 
 
-def test_cancelling(cuda: FakeCuda, cufile: FakeCufile, file: gpunvme.File) -> None:
+def test_cancelling(cuda: FakeCuda, cufile: FakeCufile, direct_file: gpunvme.File) -> None:
     cufile.set(delay_us=200_000)
     with cuda.alloc(9 * MIB) as buffer:
-        job = file.read_into(buffer, wait=False)
+        job = direct_file.read_into(buffer, wait=False)
         files.wait_until(lambda: cufile.calls("ReadAsync") > 0)
         job.cancel()
         with pytest.raises(gpunvme.Cancelled):
@@ -378,21 +397,21 @@ def test_a_file_that_cufile_does_not_take(cuda: FakeCuda, cufile: FakeCufile, tm
             opened.read_into(buffer)
 
 
-def test_nothing_is_left_behind(cuda: FakeCuda, cufile: FakeCufile, file: gpunvme.File) -> None:
+def test_nothing_is_left_behind(cuda: FakeCuda, cufile: FakeCufile, direct_file: gpunvme.File) -> None:
     """Streams and events, by transfers that end well and by those that do not."""
     live = []
     with cuda.alloc(4 * MIB) as buffer:
         for _ in range(4):
-            file.read_into(buffer, 1)
-            file.read_into(buffer, 1, wait=False).wait(30)
-            file.gather([0, 5], 4096, out=buffer)
+            direct_file.read_into(buffer, 1)
+            direct_file.read_into(buffer, 1, wait=False).wait(30)
+            direct_file.gather([0, 5], 4096, out=buffer)
             for function in ("ReadAsync", "submit ReadAsync", "StreamRegister"):
                 cufile.fail(function, -5008 if function == "ReadAsync" else 5008)
                 try:
-                    file.read_into(buffer, wait=False).wait(30)
+                    direct_file.read_into(buffer, wait=False).wait(30)
                 except gpunvme.CufileError:
                     pass
-            job = file.read_into(buffer, wait=False)
+            job = direct_file.read_into(buffer, wait=False)
             job.cancel()
             with pytest.raises(gpunvme.Cancelled):
                 job.wait(30)

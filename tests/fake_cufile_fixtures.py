@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import fake_cufile
+import gpunvme
 from files import MIB
 from gpunvme.cufile import driver, facts, requests
 
@@ -25,6 +26,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[FakeCuda, FakeCufil
     monkeypatch.setattr(requests, "PIECE_BYTES", MIB)
     cuda, cufile = fake_cufile.use()
     yield cuda, cufile
+    # The real one would never have come back from the first.
+    assert cufile.count("batches_in_compat") == cufile.count("streams_in_compat") == 0
     cufile.reset()
     gc.collect()
     driver.close()
@@ -52,6 +55,28 @@ def with_nvidia_fs(cufile: FakeCufile, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(facts, "nvidia_fs", lambda: "2.26")
     yield
     driver.close()
+
+
+@pytest.fixture(params=[fake_cufile.COMPAT, fake_cufile.NVIDIA_FS])
+def way(request: pytest.FixtureRequest) -> str:
+    """The path's name, in compatibility mode and on a machine with nvidia-fs."""
+    name = str(request.param)
+    if name == fake_cufile.NVIDIA_FS:
+        request.getfixturevalue("with_nvidia_fs")
+    return name
+
+
+@pytest.fixture
+def file_of_way(way: str, place: Path, data: bytes) -> Iterator[gpunvme.File]:
+    with gpunvme.open(place, path=way) as opened:
+        yield opened
+
+
+@pytest.fixture
+def direct_file(with_nvidia_fs: None, place: Path, data: bytes) -> Iterator[gpunvme.File]:
+    """Where batches and stream order are used."""
+    with gpunvme.open(place, path=fake_cufile.NVIDIA_FS) as opened:
+        yield opened
 
 
 @pytest.fixture

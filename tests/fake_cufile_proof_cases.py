@@ -5,6 +5,7 @@ On the libcufile for tests; test_cufile.py runs it in its own process, as it doe
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 from typing import TYPE_CHECKING
@@ -81,6 +82,54 @@ def test_a_longer_read_into_registered_memory(
         assert len(buffers.REGISTRATIONS) == 1
 
 
+def test_parts_of_registered_memory_and_memory_around_it(
+    cuda: FakeCuda, cufile: FakeCufile, data: bytes, file_of_way: gpunvme.File
+) -> None:
+    """A request is named by its registration's base, or by its own address: cuFile takes no other."""
+    with cuda.alloc(6 * MIB) as buffer:
+
+        def check(start: int, nbytes: int, offset: int, wait: bool = True) -> None:
+            span = gpunvme.Span(buffer.ptr + start, nbytes, "cuda:0", owner=buffer)
+            file_of_way.read_into(span, offset, wait=wait).wait(30)
+            assert buffer.peek()[start : start + nbytes] == data[offset : offset + nbytes]
+
+        for _ in range(3):
+            check(2 * MIB, MIB, 1)
+        registered = cufile.count("registered_io")
+        for wait in (True, False):
+            check(2 * MIB + 4096, 300_000, 4096, wait)  # within the registration
+            file_of_way.gather([5, 9, 5000], 4096, out=gpunvme.Span(buffer.ptr + 2 * MIB + 77, 3 * 4096, "cuda:0"))
+        assert cufile.count("registered_io") > registered
+        assert cufile.calls("BufRegister") == 1
+        for wait in (True, False, True):
+            check(MIB, 5 * MIB, 3, wait)  # around it
+        assert len(buffers.REGISTRATIONS) == 1
+
+
+def test_a_longer_read_where_a_shorter_one_is_still_registered(
+    cuda: FakeCuda, cufile: FakeCufile, data: bytes, file: gpunvme.File
+) -> None:
+    """A transfer in flight holds it; the request at its start must not be too long for it."""
+    stream = cuda.create_stream()
+    with cuda.alloc(2 * MIB) as buffer:
+        short = gpunvme.Span(buffer.ptr, 70_000, "cuda:0", owner=buffer)
+        file.read_into(short)
+        with cuda.gate(stream=stream) as gate:
+            held = file.read_into(short, stream=stream, wait=False)
+            assert cufile.count("live_buffers") == 1
+            for offset in (0, 7):
+                file.read_into(buffer, offset)
+                assert buffer.peek() == data[offset : offset + 2 * MIB]
+            file.gather([3, MIB], MIB, out=buffer)
+            assert buffer.peek() == data[3 : 3 + MIB] + data[MIB : 2 * MIB]
+            assert cufile.count("live_buffers") == 1
+            gate.set()
+        held.wait(30)
+        cuda.destroy_stream(stream)
+        file.read_into(buffer, 5)
+        assert buffer.peek() == data[5 : 5 + 2 * MIB]
+
+
 def test_registrations_are_not_hoarded(cuda: FakeCuda, cufile: FakeCufile, file: gpunvme.File) -> None:
     held = [cuda.alloc(buffers.SMALLEST) for _ in range(buffers.MOST_REGISTERED + 10)]
     for _ in range(2):
@@ -108,6 +157,51 @@ def test_handles_go_with_their_files(cuda: FakeCuda, cufile: FakeCufile, tmp_pat
         gc.collect()
     assert cufile.count("live_handles") == 0
     assert len(os.listdir("/proc/self/fd")) <= descriptors + 2  # the engine's own
+
+
+# --- a file system that udev does not know, as in containers
+
+
+@pytest.fixture
+def udev(cufile: FakeCufile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: Path) -> Iterator[Path]:
+    """An empty database, and a libcufile that needs it; the entry that the file system would have in it."""
+    folder = tmp_path / "run" / "udev" / "data"
+    folder.mkdir(parents=True)
+    number = os.stat(place).st_dev
+    name = f"{os.major(number)}:{os.minor(number)}"
+    monkeypatch.setenv("GPUNVME_FAKE_UDEV", str(folder))
+    missing, where = facts.missing_from_udev, facts.place_of
+    monkeypatch.setattr(facts, "missing_from_udev", lambda where: missing(where, tmp_path))
+    # Where the tests run on an overlay, its device is none of udev's.
+    monkeypatch.setattr(facts, "place_of", lambda fd: dataclasses.replace(where(fd), device=name))
+    driver.close()
+    cufile.set(version=1150, udev=1)
+    yield folder / f"b{name}"
+    driver.close()
+
+
+@pytest.mark.parametrize("version", [1150, 1200])
+def test_a_file_system_that_udev_does_not_know(
+    cuda: FakeCuda, cufile: FakeCufile, data: bytes, place: Path, udev: Path, version: int
+) -> None:
+    """Said before any attempt where the version is known to need it, else of the failure; and never by "auto"."""
+    cufile.set(version=version)
+    with gpunvme.open(place) as opened:
+        before = {verdict.path: verdict for verdict in opened.explain("cuda")}[COMPAT]
+        assert before.usable
+        assert "may refuse the file: udev's database does not have" in before.reason
+    for _ in range(2):
+        with pytest.raises(gpunvme.PathError, match="-v /run/udev:/run/udev:ro") as caught:
+            read(cuda, place, COMPAT)
+        assert ("HANDLE_NOT_REGISTERED" in str(caught.value)) == (version == 1200)
+        assert udev.name in str(caught.value)
+    with gpunvme.open(place) as opened:
+        after = {verdict.path: verdict for verdict in opened.explain("cuda")}[COMPAT]
+        assert after.usable == (version == 1200)
+    assert cufile.calls("HandleRegister") == (2 if version == 1200 else 0)
+    assert read(cuda, place, "auto").path == "host"
+    udev.write_text("I:1\nE:ID_FS_TYPE=ext4\nE:ID_FS_USAGE=filesystem\n")
+    assert read(cuda, place, COMPAT).path == COMPAT
 
 
 # --- which way it was

@@ -22,7 +22,7 @@ void* cuda_symbol(void* library, const char* name) {
 }
 
 void defaults(State& s) {
-  s.settings = {{"version", 1150}, {"count", 1}, {"stats", 1}, {"errno", 5}, {"batch_at_once", 1 << 20}};
+  s.settings = {{"version", 1160}, {"count", 1}, {"stats", 1}, {"errno", 5}, {"batch_at_once", 1 << 20}};
 }
 
 void from_environment(State& s) {

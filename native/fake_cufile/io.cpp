@@ -1,11 +1,16 @@
 // Handles, buffers, and I/O in its three forms: synchronous, in batches, in a stream's order.
 #include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <ctime>
+#include <fstream>
+#include <string>
 
 #include "state.h"
 
@@ -49,6 +54,25 @@ void count(State& s, int device, std::size_t nbytes, bool write, bool aligned) {
   }
 }
 
+// Whether a request is within the memory that its base stands for: a registration, or as many bytes as are asked for.
+bool within(State& s, std::uint64_t base, std::size_t size, off_t base_offset) {
+  const auto found = s.buffers.find(base);
+  const std::size_t length = found == s.buffers.end() ? size : found->second.nbytes;
+  return base_offset >= 0 && static_cast<std::uint64_t>(base_offset) + size <= length;
+}
+
+bool known_to_udev(int fd) {
+  struct stat status = {};
+  const char* const folder = std::getenv("GPUNVME_FAKE_UDEV");
+  if (folder == nullptr || fstat(fd, &status) != 0) return false;
+  std::ifstream entry(std::string(folder) + "/b" + std::to_string(major(status.st_dev)) + ":" +
+                      std::to_string(minor(status.st_dev)));
+  for (std::string line; std::getline(entry, line);) {
+    if (line.rfind("E:ID_FS_USAGE=", 0) == 0) return true;
+  }
+  return false;
+}
+
 // The registration that a pointer lies in.
 std::map<std::uint64_t, Buffer>::iterator registration_of(State& s, std::uint64_t pointer) {
   auto found = s.buffers.upper_bound(pointer);
@@ -72,6 +96,7 @@ ssize_t move(Handle* handle, std::uint64_t base, std::size_t size, off_t file_of
     code = s.called(function);
     if (!s.open) return -kDriverNotInitialized;
     if (s.handles.count(handle) == 0) return -kHandleNotRegistered;
+    if (!within(s, base, size, base_offset)) return -kInvalidValue;
     if (const long long most = s.setting("short"); most > 0) size = std::min(size, static_cast<std::size_t>(most));
     delay = s.setting("delay_us");
     const auto found = registration_of(s, pointer);
@@ -131,6 +156,7 @@ FAKE_CUFILE_API Error cuFileHandleRegister(Handle** handle, const Descriptor* de
   if (const long long code = s.called("HandleRegister")) return error(code);
   if (!s.open) return error(kDriverNotInitialized);
   if (descriptor->type != 1) return error(kInvalidValue);
+  if (s.setting("udev") != 0 && !known_to_udev(descriptor->handle.fd)) return error(kHandleNotRegistered);
   char name[64];
   std::snprintf(name, sizeof name, "/proc/self/fd/%d", descriptor->handle.fd);
   const int flags = fcntl(descriptor->handle.fd, F_GETFL);
@@ -202,6 +228,7 @@ FAKE_CUFILE_API Error cuFileBatchIOSubmit(Batch* batch, unsigned count, const Io
   {
     const std::lock_guard lock(s.mutex);
     if (const long long code = s.called("BatchIOSubmit")) return error(code);
+    if (s.in_compat()) ++s.counters["batches_in_compat"];
     if (s.batches.count(batch) == 0 || count > batch->most) return error(kInvalidValue);
   }
   for (unsigned i = 0; i < count; ++i) {
@@ -292,6 +319,7 @@ Error enqueue(Later later, void* stream) {
   {
     const std::lock_guard lock(s.mutex);
     if (const long long code = s.called(later.write ? "submit WriteAsync" : "submit ReadAsync")) return error(code);
+    if (s.in_compat()) ++s.counters["streams_in_compat"];
   }
   if (!have_context()) return error(kInvalidContext);
   const int device = device_of(later.base);

@@ -66,6 +66,8 @@ struct State {
 
   State();
   long long setting(const char* name) const;
+  // Whether compatibility mode is all that there is.
+  bool in_compat() const { return setting("mode") == 0 && setting("props") == 0; }
   // Counts a call; the code that it was told to fail with, or 0.
   long long called(const char* function);
 };

@@ -2,6 +2,10 @@
 
 Where nvidia-fs or P2PDMA carry the bytes, the tests of compatibility mode are skipped: what cuFile does is for it to
 decide, and the tests of reports still hold.
+
+Where udev's database does not have the file system, as in most containers, cuFile 1.15 takes no file on it: then that
+is what is tested, and all else is skipped. As root, with GPUNVME_TEST_UDEV=1, the entry is made for as long as the
+tests run.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +23,10 @@ import pytest
 import files
 import gpunvme
 from files import MIB
+from gpunvme.cufile import facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = [pytest.mark.gpu, pytest.mark.torch]
 torch = pytest.importorskip("torch")
@@ -30,8 +35,35 @@ SIZE = 40 * MIB + 1234
 COMPAT = "cufile/compat"
 
 
+def missing_from_udev(place: Path) -> str:
+    with place.open("rb") as opened:
+        return facts.missing_from_udev(facts.place_of(opened.fileno()))
+
+
+@pytest.fixture(scope="module")
+def _udev_entry(place: Path, data: bytes) -> Iterator[None]:
+    """What udev would have written, where we are told to write it."""
+    if not missing_from_udev(place) or os.environ.get("GPUNVME_TEST_UDEV") != "1" or os.geteuid():
+        yield
+        return
+    with place.open("rb") as opened:
+        where = facts.place_of(opened.fileno())
+    entry = Path("/run/udev/data") / f"b{where.device}"
+    if entry.exists():
+        pytest.skip(f"{entry} is there, without ID_FS_USAGE: left as it is")
+    made = [folder for folder in (entry.parent, entry.parent.parent) if not folder.exists()]
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    entry.write_text(f"I:1\nE:ID_FS_TYPE={where.kind}\nE:ID_FS_USAGE=filesystem\n")
+    try:
+        yield
+    finally:
+        entry.unlink()
+        for folder in made:
+            folder.rmdir()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _cufile_in_compatibility_mode(data: bytes, place: Path) -> None:
+def _cufile_in_compatibility_mode(_udev_entry: None, data: bytes, place: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("this PyTorch has no CUDA")
     from gpunvme.cufile import library
@@ -39,9 +71,37 @@ def _cufile_in_compatibility_mode(data: bytes, place: Path) -> None:
     if reason := library.why_absent():
         pytest.skip(reason)
     with gpunvme.open(place) as opened:
-        verdicts = {verdict.path: verdict for verdict in opened.explain("cuda")}
-        if not verdicts[COMPAT].usable:
-            pytest.skip(f"no compatibility mode here: {verdicts[COMPAT].reason}")
+        verdict = {verdict.path: verdict for verdict in opened.explain("cuda")}[COMPAT]
+        if not verdict.usable and "udev's database" not in verdict.reason:
+            pytest.skip(f"no compatibility mode here: {verdict.reason}")
+
+
+@pytest.fixture(scope="module")
+def refusal(_cufile_in_compatibility_mode: None, place: Path) -> str:
+    """Why cuFile takes no file here; "" where it does."""
+    try:
+        with gpunvme.open(place, path=COMPAT) as opened:
+            opened.read_into(on_gpu(4096))
+    except gpunvme.PathError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(autouse=True)
+def _taken(request: pytest.FixtureRequest, refusal: str) -> None:
+    if refusal and request.function is not test_a_refusal_says_why:
+        pytest.skip(refusal)
+
+
+def test_a_refusal_says_why(refusal: str, place: Path) -> None:
+    """Whoever runs in a container is told what to mount into it."""
+    if not refusal:
+        pytest.skip("cuFile takes files on this file system")
+    assert missing_from_udev(place), refusal
+    assert "-v /run/udev:/run/udev:ro" in refusal
+    with gpunvme.open(place) as opened:
+        tensor = on_gpu(4096)
+        assert opened.read_into(tensor).path == "host"
 
 
 @pytest.fixture
@@ -87,7 +147,8 @@ def test_the_evidence(file: gpunvme.File) -> None:
 
 
 @pytest.mark.parametrize("nbytes", [4096, 5000])
-def test_gathering_in_batches(data: bytes, file: gpunvme.File, nbytes: int) -> None:
+def test_gathering(data: bytes, file: gpunvme.File, nbytes: int) -> None:
+    """By threads: cuFileBatchIOSubmit of 1.15 does not return in compatibility mode."""
     offsets = np.random.default_rng(1).integers(0, (SIZE - nbytes) // 4096, 1000) * 4096
     out = on_gpu(1000 * nbytes)
     file.gather(offsets, nbytes, out=out)
@@ -95,11 +156,12 @@ def test_gathering_in_batches(data: bytes, file: gpunvme.File, nbytes: int) -> N
     assert raw(out) == b"".join(data[at : at + nbytes] for at in offsets)
     assert file.last_transfer is not None
     assert file.last_transfer.path == COMPAT
-    assert "in batches" in file.last_transfer.reason
+    assert "by threads" in file.last_transfer.reason
+    assert "not in batches" in file.last_transfer.reason
 
 
-def test_stream_order(data: bytes, file: gpunvme.File) -> None:
-    """A read that nobody waits for goes through cuFileReadAsync, behind what the stream has to do."""
+def test_a_read_that_nobody_waits_for(data: bytes, file: gpunvme.File) -> None:
+    """It begins behind what the stream has to do, by threads."""
     side = torch.cuda.Stream()
     tensor = on_gpu(8 * MIB)
     torch.cuda.synchronize()
@@ -110,7 +172,18 @@ def test_stream_order(data: bytes, file: gpunvme.File) -> None:
     job.wait(60)
     print(job)
     assert raw(tensor) == data[8192 : 8192 + 8 * MIB]
-    assert "in stream order" in job.reason
+    assert "not in stream order" in job.reason
+
+
+def test_parts_of_registered_memory(data: bytes, file: gpunvme.File) -> None:
+    """They are named by the base of the registration, all else by its own address."""
+    buffer = gpunvme.Buffer.empty(40 * MIB, "cuda:0")
+    tensor = torch.as_tensor(buffer, device="cuda")
+    for use in range(3):
+        file.read_into(buffer, use)
+    for wait in (True, False):
+        file.read_into(tensor[MIB : 21 * MIB], 4096, wait=wait).wait(60)
+        assert raw(tensor[MIB : 21 * MIB]) == data[4096 : 4096 + 20 * MIB]
 
 
 def test_a_read_waits_for_the_current_stream(data: bytes, file: gpunvme.File) -> None:

@@ -295,3 +295,26 @@ def test_statistics_of_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence.library, "why_absent", lambda: "nothing is here")
     evidence.library.bindings.cache_clear()
     assert "nothing is here" in str(evidence.statistics(b"x" * 16))
+
+
+@pytest.mark.parametrize(
+    ("device", "entry", "missing"),
+    [
+        ("", None, False),  # a file system without a device: nothing is claimed
+        ("254:0", None, True),
+        ("254:0", "", True),
+        ("254:0", "I:1\nE:ID_FS_TYPE=ext4\n", True),
+        ("254:0", "I:1\nE:ID_FS_USAGE=\n", True),
+        ("254:0", "I:1\nE:ID_FS_TYPE=ext4\nE:ID_FS_USAGE=filesystem\n", False),
+    ],
+)
+def test_what_udev_does_not_have(tmp_path: Path, device: str, entry: str | None, missing: bool) -> None:
+    """Whoever is in a container is told what to mount; whoever is not, is not sent after it."""
+    if entry is not None:
+        folder = tmp_path / "run" / "udev" / "data"
+        folder.mkdir(parents=True)
+        (folder / f"b{device}").write_text(entry)
+    place = facts.Place("ext4", "/dev/vda", "rw", ("vda",), frozenset(), device)
+    said = facts.missing_from_udev(place, tmp_path)
+    assert bool(said) == missing
+    assert not missing or ("/run/udev/data/b254:0" in said and "ext4 on vda" in said)

@@ -32,21 +32,32 @@ class _Registration:
     context: Context
     users: int = 0
 
+    def overlaps(self, address: int, nbytes: int) -> bool:
+        """Whether it has a byte of a range."""
+        return self.address < address + nbytes and address < self.address + self.nbytes
+
 
 class Hold:
     """Memory in use by a transfer, registered or not; `release` it when nothing of it is in flight."""
 
-    __slots__ = ("_registration", "_registry", "problem")
+    __slots__ = ("_registration", "_registry", "problem", "taken")
 
-    def __init__(self, registry: Registrations, registration: _Registration | None, problem: str = "") -> None:
+    def __init__(
+        self,
+        registry: Registrations,
+        registration: _Registration | None,
+        problem: str = "",
+        taken: frozenset[int] = frozenset(),
+    ) -> None:
         self._registry = registry
         self._registration = registration
         self.problem = problem
+        self.taken = taken  # where registrations begin that others use, and that end before this memory does
 
     @property
-    def registered(self) -> bool:
-        """Whether cuFile has it registered."""
-        return self._registration is not None
+    def registered(self) -> int:
+        """Where the registration begins that the memory lies in; 0 where it is not registered."""
+        return 0 if self._registration is None else self._registration.address
 
     def release(self) -> None:
         """It is in use no more."""
@@ -76,20 +87,21 @@ class Registrations:
         allocation = context.buffer_id(address) if nbytes else None
         with self._lock, context.current():
             self._forget_stale(address, nbytes, allocation)
-            if nbytes < SMALLEST or allocation is None:
+            if allocation is None:
                 return Hold(self, None)
-            found = self._registered.get(address)
-            if found is not None and found.nbytes < nbytes and not found.users:
-                self._deregister(found)
-                found = None
-            if found is not None:
-                if found.nbytes < nbytes:
-                    return Hold(self, None)
-                self._registered.move_to_end(address)
-                found.users += 1
-                return Hold(self, found)
-            if self._first_use(address, nbytes, allocation):
-                return Hold(self, None)
+            overlapping = [each for each in self._registered.values() if each.overlaps(address, nbytes)]
+            for each in overlapping:
+                if each.address <= address and address + nbytes <= each.address + each.nbytes:
+                    self._registered.move_to_end(each.address)
+                    each.users += 1
+                    return Hold(self, each)
+            # A request that begins where a shorter registration does would be too long for it.
+            for each in overlapping:
+                if not each.users:
+                    self._deregister(each)
+            taken = frozenset(each.address for each in overlapping if each.users)
+            if taken or nbytes < SMALLEST or self._first_use(address, nbytes, allocation):
+                return Hold(self, None, taken=taken)
             return self._register(context, address, nbytes, allocation)
 
     def _first_use(self, address: int, nbytes: int, allocation: int) -> bool:
@@ -113,8 +125,7 @@ class Registrations:
     def _forget_stale(self, address: int, nbytes: int, allocation: int | None) -> None:
         """Deregister what was here before this memory was."""
         for each in list(self._registered.values()):
-            overlaps = each.address < address + nbytes and address < each.address + each.nbytes
-            if overlaps and each.allocation != allocation:
+            if each.overlaps(address, nbytes) and each.allocation != allocation:
                 self._deregister(each)
 
     def _deregister(self, registration: _Registration) -> None:

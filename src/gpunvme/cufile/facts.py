@@ -169,6 +169,7 @@ class Place:
     options: str
     drives: tuple[str, ...]
     transports: frozenset[str]
+    device: str = ""  # major:minor of the block device that the file system is on; "" where the kernel tells none
 
     @property
     def in_memory(self) -> bool:
@@ -228,7 +229,26 @@ def place_of(fd: int, root: Path = _ROOT) -> Place:
         except OSError:
             pass
     drives = tuple(sorted(_drives(root, root / "sys/dev/block" / name)))
-    return Place(kind, source, options, drives, frozenset(_transport(root, drive) for drive in drives) - {""})
+    transports = frozenset(_transport(root, drive) for drive in drives) - {""}
+    mounted = os.major(number) != 0 and not stat.S_ISBLK(information.st_mode)
+    return Place(kind, source, options, drives, transports, name if mounted else "")
+
+
+def missing_from_udev(place: Place, root: Path = _ROOT) -> str:
+    """What cuFile will not find about a file system in udev's database, and what to do; "" where nothing is missing.
+
+    cuFile 1.15 asks libudev for ID_FS_USAGE of the device, and registers no file on it where there is no answer
+    (HANDLE_NOT_REGISTERED), compatibility mode or not. Containers have no such database of their own.
+    """
+    if not place.device:
+        return ""
+    entry = f"/run/udev/data/b{place.device}"
+    if re.search(r"^E:ID_FS_USAGE=.", _text(root, entry) or "", re.MULTILINE):
+        return ""
+    return (
+        f"udev's database does not have the file system of {place} (ID_FS_USAGE in {entry}); in a container, mount the "
+        "host's: docker run -v /run/udev:/run/udev:ro"
+    )
 
 
 def _drives(root: Path, link: Path) -> set[str]:

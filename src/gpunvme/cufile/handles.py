@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from gpunvme import _native
-from gpunvme.cufile import facts, library
-from gpunvme.cufile.driver import before_close
+from gpunvme.cufile import facts, library, ways
+from gpunvme.cufile.driver import before_close, driver
 from gpunvme.errors import Error, PathError, file_error
 
 _OPAQUE_FD = 1  # CU_FILE_HANDLE_TYPE_OPAQUE_FD
+_NOT_REGISTERED = 5027  # CU_FILE_HANDLE_NOT_REGISTERED
 
 
 class Handle:
@@ -32,12 +33,18 @@ class Handle:
         Where the file is.
     align
         Offsets and sizes that O_DIRECT takes are multiples of this many bytes.
+    only_compat
+        Whether cuFile can do no better for the file than compatibility mode.
     """
 
     def __init__(self, file: _native.SourceFile) -> None:
         self.direct = not file.direct_refusal
         self.align = max(4096, file.offset_align)
         self.place = facts.place_of(file.fileno())
+        opened = driver()
+        self.only_compat = bool(ways.why_no_nvidia_fs(file, self.place, opened)) and bool(
+            ways.why_no_p2pdma(file, self.place, opened)
+        )
         flags = os.O_CLOEXEC | (os.O_RDWR if file.writable else os.O_RDONLY) | (os.O_DIRECT if self.direct else 0)
         link = f"/proc/self/fd/{file.fileno()}"
         self.name = _name(link)
@@ -49,7 +56,8 @@ class Handle:
             self.number = _register(self._fd)
         except Error as error:
             os.close(self._fd)
-            raise PathError(f"cuFile does not take {self.name!r}: {error}") from None
+            missing = facts.missing_from_udev(self.place) if getattr(error, "code", 0) == _NOT_REGISTERED else ""
+            raise PathError(f"cuFile does not take {self.name!r}: {missing and missing + ': '}{error}") from None
         self._finalizer = weakref.finalize(self, _release, self.number, self._fd, os.getpid())
         self._finalizer.atexit = False  # the driver's end does it
 

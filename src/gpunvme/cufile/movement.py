@@ -12,17 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpunvme import _native
-from gpunvme.cufile import buffers, evidence
+from gpunvme.cufile import buffers, evidence, reports
+from gpunvme.cufile.batches import Batch
 from gpunvme.cufile.cuda import context
 from gpunvme.cufile.driver import before_close, driver
 from gpunvme.cufile.handles import Handle, handle_of
+from gpunvme.cufile.lanes import Lane
 from gpunvme.cufile.pool import pool
-from gpunvme.cufile.requests import Batch, Counted, Lane, Piece, Refused, carry_now, cut
+from gpunvme.cufile.requests import Counted, Piece, Refused, carry_now, clear_of, cut
 from gpunvme.errors import Cancelled, DeadlineExceeded, PathError, SpanError
 from gpunvme.memory import Span
 from gpunvme.paths.base import OpenMovement, Order, Part, Source
 from gpunvme.paths.host import HostPath
-from gpunvme.transfer import Report, format_bytes
+from gpunvme.transfer import Report
 
 _MOST_LANES = 4  # streams of one transfer: cuFile carries what is in one of them one after the other
 _LANE_PIECES = 4  # requests that are queued in one at a time: what cannot be cancelled any more
@@ -92,11 +94,22 @@ class CufileMovement:
         self._handles[handle.number] = handle
         return handle
 
-    def _hold(self, span: Span) -> None:
+    def _hold(self, span: Span) -> buffers.Hold:
         hold = buffers.REGISTRATIONS.hold(self._context, span.ptr, span.nbytes)
         self._holds.append(hold)
         if hold.problem:
             self._notes[hold.problem] = None
+        return hold
+
+    def _ordered(self, handle: Handle, how: str) -> bool:
+        """Whether requests of a file may be made in batches or in stream order.
+
+        Not in compatibility mode: cuFileBatchIOSubmit of cuFile 1.15 did not return there, and a call that does not
+        return cannot be taken back.
+        """
+        if handle.only_compat:
+            self._notes[f"not {how} (only compatibility mode is possible for the file)"] = None
+        return not handle.only_compat
 
     def add(self, parts: Sequence[Part]) -> None:
         """Add ranges to be moved.
@@ -111,19 +124,19 @@ class CufileMovement:
             if not span.nbytes:
                 continue
             handle = self._handle(file)
-            self._hold(span)
-            pieces = list(cut(handle, span.ptr, offset, span.nbytes))
+            hold = self._hold(span)
+            pieces = list(clear_of(cut(handle, span.ptr, hold.registered, offset, span.nbytes), hold.taken))
             if self._order.write:
                 pieces = self._without_edges(file, offset, span, pieces)
             with self._lock:
-                if self._use_streams:
+                if self._use_streams and self._ordered(handle, "in stream order"):
                     self._streamed.extend(pieces)
                     for _ in range(min(len(pieces), _MOST_LANES - self._lanes)):
                         self._lanes += 1
                         self._start(self._in_stream_order())
                 else:
                     for piece in pieces:
-                        self._start(self._at_once(piece))
+                        self._start(self._one_by_one([piece]))
 
     def _without_edges(self, file: Source, offset: int, span: Span, pieces: list[Piece]) -> list[Piece]:
         bodies = [piece for piece in pieces if piece.aligned]
@@ -136,19 +149,23 @@ class CufileMovement:
         if edges:
             if self._edges is None:
                 self._edges = self._host.begin(self._order)
-            self._edges.add([Part(file, each.file_offset, span.part(each.base_offset, each.nbytes)) for each in edges])
+            self._edges.add(
+                [Part(file, each.file_offset, span.part(each.address - span.ptr, each.nbytes)) for each in edges]
+            )
         return bodies
 
     def add_gather(self, file: Source, offsets: NDArray[np.int64], nbytes: int, span: Span) -> None:
         """Add small reads of ``nbytes`` each, packed in order into ``span``."""
         self._asked += span.nbytes
         handle = self._handle(file)
-        self._hold(span)
-        pieces = [Piece(handle, span.ptr, i * nbytes, int(at), nbytes) for i, at in enumerate(offsets)]
+        hold = self._hold(span)
+        cuts = (Piece(handle, span.ptr + i * nbytes, hold.registered, int(at), nbytes) for i, at in enumerate(offsets))
+        pieces = list(clear_of(cuts, hold.taken))
         most = min(self._driver.properties.max_batch or _MOST_IN_BATCH, _MOST_IN_BATCH)
         with self._lock:
+            begin = self._in_batch if self._ordered(handle, "in batches") else self._one_by_one
             for first in range(0, len(pieces), most):
-                self._start(self._in_batch(pieces[first : first + most]))
+                self._start(begin(pieces[first : first + most]))
 
     def seal(self) -> None:
         """Say that nothing more comes."""
@@ -175,8 +192,7 @@ class CufileMovement:
             task = self._tasks.popleft()
         more: bool | None = None
         try:
-            # Only lanes let the GPU wait; a thread that waited for the caller's stream might wait for another transfer.
-            more = task() if self._may_begin() else False
+            more = task()
         except Exception as error:  # noqa: BLE001 - whoever waits hears of it
             self._fail(error)
         with self._lock:
@@ -188,24 +204,35 @@ class CufileMovement:
             return None
 
     def _may_begin(self) -> bool:
+        """Whether the caller's stream is past what it had queued: only lanes let the GPU wait for that.
+
+        A thread that waited for it might wait for another transfer.
+        """
         if not self._ready:
-            self._ready = self._use_streams or self._failure is not None or self._context.happened(self._event)
+            self._ready = self._is_stopped() or self._context.happened(self._event)
         return self._ready
 
     def _counted(self) -> Counted:
         return self._counts.setdefault(threading.get_ident(), Counted())
 
-    @property
-    def _stopped(self) -> bool:
+    def _is_stopped(self) -> bool:
         return self._failure is not None
 
-    def _at_once(self, piece: Piece) -> _Task:
-        def task() -> None:
-            if not self._stopped:
-                self._ways.add("by threads")
-                carry_now(piece, self._order.write, self._counted())
+    def _one_by_one(self, pieces: Sequence[Piece]) -> _Task:
+        def task() -> bool | None:
+            if not self._may_begin():
+                return False
+            self._carry(pieces)
+            return None
 
         return task
+
+    def _carry(self, pieces: Sequence[Piece]) -> None:
+        self._ways.add("by threads")
+        for piece in pieces:
+            if self._is_stopped():
+                return
+            carry_now(piece, self._order.write, self._counted())
 
     def _in_batch(self, pieces: list[Piece]) -> _Task:
         batch: Batch | None = None
@@ -213,7 +240,9 @@ class CufileMovement:
         def task() -> bool | None:
             nonlocal batch
             if batch is None:
-                if self._stopped:
+                if not self._may_begin():
+                    return False
+                if self._is_stopped():
                     return None
                 try:
                     if not self._driver.properties.batches:
@@ -221,23 +250,10 @@ class CufileMovement:
                     batch = Batch(pieces, self._order.write)
                 except Refused as refusal:
                     self._notes[f"not in batches ({refusal})"] = None
-                    self._ways.add("by threads")
-                    for piece in pieces:
-                        if not self._stopped:
-                            carry_now(piece, self._order.write, self._counted())
+                    self._carry(pieces)
                     return None
                 self._ways.add("in batches")
-            if self._stopped:
-                batch.cancel()
-            came = batch.look()
-            if not batch.complete:
-                return came
-            try:
-                if not self._stopped:
-                    batch.settle(self._order.write, self._counted())
-            finally:
-                batch.destroy()
-            return None
+            return batch.turn(self._is_stopped, self._order.write, self._counted)
 
         return task
 
@@ -246,17 +262,10 @@ class CufileMovement:
 
         def task() -> bool | None:
             nonlocal lane
-            if lane is not None and lane.busy:
-                try:
-                    if not lane.answered():
-                        return False
-                    if not self._stopped:
-                        lane.settle(self._order.write, self._counted())
-                except BaseException:
-                    lane.close()
-                    raise
+            if lane is not None and not lane.settled(self._is_stopped, self._order.write, self._counted):
+                return False
             with self._lock:
-                wanted = [] if self._stopped else [self._streamed.popleft() for _ in range(self._lane_room())]
+                wanted = [] if self._is_stopped() else [self._streamed.popleft() for _ in range(self._lane_room())]
                 if not wanted:
                     self._lanes -= 1
             if not wanted:
@@ -285,12 +294,12 @@ class CufileMovement:
         if lane is not None:
             lane.close()
         with self._lock:
-            self._use_streams = self._ready = False
+            self._use_streams = False
             self._lanes -= 1
             pieces += self._streamed
             self._streamed.clear()
             for piece in pieces:
-                self._start(self._at_once(piece))
+                self._start(self._one_by_one([piece]))
 
     # --- its end
 
@@ -368,48 +377,23 @@ class CufileMovement:
             return self._report
         counted = self._sum()
         edges = None if self._edges is None else self._edges.report()
-        cached = 0 if edges is None else edges.moved_bytes - edges.direct_bytes
-        moved = counted.direct_bytes + counted.buffered_bytes
-        shown = self._evidence
-        through_host = moved if shown is None or shown.path == evidence.COMPAT else counted.edge_bytes
         over = self._seconds is not None
-        report = Report(
-            self._name(shown, over),
-            self._reason(counted, edges, over),
-            self._seconds if self._seconds is not None else time.perf_counter() - self._started,
-            counted.direct_bytes + (0 if edges is None else edges.direct_bytes),
-            cached,
-            counted.buffered_bytes,
-            through_host + (0 if edges is None else edges.bounced_bytes),
+        seconds = self._seconds if self._seconds is not None else time.perf_counter() - self._started
+        report = reports.report(
+            self._path if over and not self._asked else "cufile",
+            seconds,
+            counted,
+            edges,
+            shown=self._evidence,
+            over=over,
+            asked=self._asked,
+            how=" and ".join(sorted(self._ways)) or "by threads",
+            driver=self._driver,
+            notes=list(self._notes),
         )
         if over:
             self._report = report
         return report
-
-    def _name(self, shown: evidence.Evidence | None, over: bool) -> str:
-        if shown is not None:
-            return shown.path
-        return self._path if over and not self._asked else "cufile"
-
-    def _reason(self, counted: Counted, edges: Report | None, over: bool) -> str:
-        if not self._asked:
-            return "nothing was moved"
-        said = []
-        how = " and ".join(sorted(self._ways)) or "by threads"
-        requests = counted.bodies + counted.edges
-        for nbytes, kind in ((counted.direct_bytes, "O_DIRECT"), (counted.buffered_bytes, "without O_DIRECT")):
-            if nbytes:
-                said.append(f"{format_bytes(nbytes)} {kind}")
-        if said:
-            said[-1] += f" in {requests} request{'s' if requests != 1 else ''} {how} ({self._driver})"
-        if edges is not None:
-            said.append(f"{format_bytes(edges.moved_bytes)} of head and tail by host")
-        if self._evidence is not None:
-            said.append(self._evidence.reason)
-        elif not over:
-            said.append("which way they go is known at the end")
-        said += self._notes
-        return ", ".join(said) or "nothing was moved"
 
 
 _movements: weakref.WeakSet[CufileMovement] = weakref.WeakSet()

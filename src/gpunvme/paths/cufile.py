@@ -61,14 +61,14 @@ class CufilePath:
         count = len(_native.cuda_devices())
         if device.index >= count:
             return Verdict(self.name, False, f"there is no {device}: the driver sees {count} GPU(s)")
-        from gpunvme.cufile import driver, facts
+        from gpunvme.cufile import driver, facts, ways
 
         if driver.problem():
             return Verdict(self.name, False, driver.problem())
         opened, place = driver.if_open(), facts.place_of(file.fileno())
         reasons = {
-            NVIDIA_FS: _why_no_nvidia_fs(file, place, opened),
-            P2PDMA: _why_no_p2pdma(file, place, opened),
+            NVIDIA_FS: ways.why_no_nvidia_fs(file, place, opened),
+            P2PDMA: ways.why_no_p2pdma(file, place, opened),
         }
         if self.name in reasons:
             reason = reasons[self.name]
@@ -78,8 +78,9 @@ class CufilePath:
             return Verdict(
                 self.name, False, f"cuFile goes by {direct} here, unless CUFILE_FORCE_COMPAT_MODE=true is set"
             )
-        if facts.settings().allow_compat is False or (opened is not None and not opened.properties.allows_compat):
-            return Verdict(self.name, False, "cufile.json does not allow it (allow_compat_mode)")
+        reason = ways.why_no_compat(place, opened)
+        if reason:
+            return Verdict(self.name, False, reason)
         return Verdict(self.name, True, _how(self.name, place, opened))
 
     def open(self) -> None:
@@ -105,53 +106,6 @@ class CufilePath:
         return CufileMovement(order, self.name, self._strict, self._host)
 
 
-def _why_no_nvidia_fs(file: _native.SourceFile, place: Place, opened: Driver | None) -> str:
-    from gpunvme.cufile import facts
-
-    module = facts.nvidia_fs()
-    promised = opened is not None and opened.properties.nvidia_fs != (0, 0)
-    if module is None:
-        if promised:
-            return "contradictory: libcufile says that it found nvidia-fs, and /proc/driver/nvidia-fs is not there"
-        return "the nvidia-fs kernel module is not loaded"
-    if facts.settings().force_compat:
-        return f"compatibility mode is forced ({facts.settings().place or 'CUFILE_FORCE_COMPAT_MODE'})"
-    if file.direct_refusal:
-        return f"it needs O_DIRECT: {file.direct_refusal}"
-    if place.in_memory:
-        return f"there is no drive beneath {place}"
-    if opened is not None:
-        if not promised:
-            return f"contradictory: nvidia-fs {module} is loaded, and libcufile's driver properties do not have it"
-        bit = place.status_bit
-        if bit is not None and not opened.properties.supports(bit):
-            return f"libcufile's driver properties do not have {place}"
-    return ""
-
-
-def _why_no_p2pdma(file: _native.SourceFile, place: Place, opened: Driver | None) -> str:
-    from gpunvme.cufile import facts
-
-    asked = facts.settings()
-    if asked.force_compat:
-        return f"compatibility mode is forced ({asked.place or 'CUFILE_FORCE_COMPAT_MODE'})"
-    if asked.use_p2pdma is False:
-        return "it is switched off (use_pci_p2pdma)"
-    if file.direct_refusal:
-        return f"it needs O_DIRECT: {file.direct_refusal}"
-    if place.transports != {"pcie"}:
-        return f"it needs NVMe drives on PCI Express: the file is on {place}"
-    if facts.p2pdma() is False:
-        return "the kernel has no P2PDMA (CONFIG_PCI_P2PDMA)"
-    if opened is not None and not opened.properties.p2pdma:
-        return "libcufile's driver properties do not have it"
-    if opened is None and facts.p2pdma() is None:
-        return "nothing says that the kernel has it"
-    if opened is None and facts.static_bar1() is False and not asked.use_p2pdma:
-        return "NVIDIA's driver was not loaded for it (RMForceStaticBar1=1)"
-    return ""
-
-
 def _how(name: str, place: Place, opened: Driver | None) -> str:
     from gpunvme.cufile import facts
 
@@ -162,5 +116,7 @@ def _how(name: str, place: Place, opened: Driver | None) -> str:
     else:
         how = "through host memory: nothing better is there for cuFile"
     if opened is None:
-        return f"{how}; the driver is not open yet"
+        missing = facts.missing_from_udev(place)
+        warning = f"; it may refuse the file: {missing}" if missing else ""
+        return f"{how}; the driver is not open yet{warning}"
     return f"{how}; {opened}" + (f"; {opened.no_statistics}" if opened.no_statistics else "")
