@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from gpunvme.models.patch import patch_safetensors
     from gpunvme.models.safetensors import load_file
     from gpunvme.models.saving import save_file
+    from gpunvme.p2pdma.memory import P2pMemory
     from gpunvme.tiers import TierManager
 
 try:
@@ -67,6 +68,7 @@ _LAZY = {
     "GgufFile": "gpunvme.models.gguf",
     "LayerLoader": "gpunvme.models.layers",
     "LayerSource": "gpunvme.models.layer_sources",
+    "P2pMemory": "gpunvme.p2pdma.memory",
     "TierManager": "gpunvme.tiers",
     "load_file": "gpunvme.models.safetensors",
     "patch_safetensors": "gpunvme.models.patch",
@@ -100,6 +102,7 @@ __all__ = [
     "LayerSource",
     "MissingFileError",
     "NvmeError",
+    "P2pMemory",
     "PathError",
     "RangeError",
     "Span",

@@ -16,8 +16,9 @@ from gpunvme.errors import FileError, RangeError
 from gpunvme.many import carry
 from gpunvme.memory import Buffer, Device, Span, check_gpu_span
 from gpunvme.opening import open_descriptor, open_path, sync_source
+from gpunvme.p2pdma.mappings import mapping_of
 from gpunvme.paths.base import Order, Part, Path, Source
-from gpunvme.paths.choose import HOST, Explanation, check_forced, explain, pick
+from gpunvme.paths.choose import HOST, Explanation, check_forced, explain, explain_memory, pick, pick_for_memory
 from gpunvme.paths.nvme import NamespaceSource, is_namespace, open_namespace
 from gpunvme.replace import Replacement
 from gpunvme.streams import stream_handle
@@ -149,8 +150,13 @@ class File:
         return self._native
 
     def _path(
-        self, device: Device, offset: int = 0, nbytes: int | None = None, *, write: bool = False, gather: bool = False
+        self, span: Span, offset: int = 0, nbytes: int | None = None, *, write: bool = False, gather: bool = False
     ) -> Path:
+        device, mapping = span.device, mapping_of(span)
+        if mapping is not None:
+            special = pick_for_memory(self._file, mapping, self._forced)
+            if special is not None:
+                return special
         path = self._paths.get((device, gather))
         if path is None:
             path, always = pick(self._file, device, self._forced, offset, nbytes, write=write, gather=gather)
@@ -164,13 +170,18 @@ class File:
         Parameters
         ----------
         device
-            The other end.
+            The other end; or a `P2pMemory`, for which a small read tells.
         measure
             Where cuFile can be used: measure it against the ``host`` path now, over a part of this file. It takes
             seconds, opens cuFile's driver, and is kept on disk: from then on ``path="auto"`` goes by it.
         """
         if measure:
             self._paths.clear()
+        if isinstance(device, Buffer):
+            mapping = mapping_of(device.span)
+            if mapping is not None:
+                return explain_memory(self._file, mapping, self._forced)
+            device = device.device
         return explain(self._file, Device.parse(device), self._forced, measure=measure)
 
     def read_into(
@@ -217,7 +228,7 @@ class File:
         offset = operator.index(offset)
         span = checked_span(destination, offset, nbytes, writable=True)
         self._check_range(offset, span.nbytes)
-        path = self._path(span.device, offset, span.nbytes)
+        path = self._path(span, offset, span.nbytes)
         order = Order(False, span.device, stream_handle(stream, destination, span.device), timeout, not wait)
         if span.device.is_gpu:
             check_gpu_span(span, destination)
@@ -291,7 +302,7 @@ class File:
             out = Buffer.empty(total, "cpu" if device is None else device, shape=(len(places), nbytes))
         span = gathered_span(out, device, total, f"{len(places)} reads of {nbytes} bytes")
         order = Order(False, span.device, stream_handle(stream, out, span.device), timeout)
-        movement = self._path(span.device, gather=True).begin(order)
+        movement = self._path(span, gather=True).begin(order)
 
         def add() -> None:
             if nbytes > _native.MOST_GATHERED_BYTES:
@@ -350,7 +361,7 @@ class File:
             raise RangeError(f"no file can have {offset + span.nbytes} bytes")
         if not file.writable:
             raise FileError(errno.EBADF, "the file is open for reading only; use mode 'r+' or 'w'", self._name)
-        path = self._path(span.device, offset, span.nbytes, write=True)
+        path = self._path(span, offset, span.nbytes, write=True)
         order = Order(True, span.device, stream_handle(stream, source, span.device), timeout, not wait)
         if span.device.is_gpu:
             check_gpu_span(span, source)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gpunvme.arguments import checked_span
 from gpunvme.errors import SpanError
 from gpunvme.memory import CPU, Span, check_gpu_span
+from gpunvme.p2pdma.mappings import mapping_of
 from gpunvme.paths.base import OpenMovement, Order, Part, Sealable
 from gpunvme.paths.choose import HOST
 from gpunvme.streams import stream_handle
@@ -64,6 +65,7 @@ def read_many(
     batch: list[Part] = []
     keep = [batch]
     moving = queued = size = 0
+    in_pci_memory = False
     same: File | None = None
     try:
         for file, start, destination in parts:
@@ -76,9 +78,12 @@ def read_many(
                 raise file._out_of_range(offset, span.nbytes)
             if movement is None or order is None:
                 order = Order(False, span.device, stream_handle(stream, destination, span.device), timeout, not wait)
-                movement = file._path(span.device).begin(order)
+                movement = file._path(span).begin(order)
+                in_pci_memory = mapping_of(span) is not None
             elif span.device != order.device:
                 raise SpanError(f"all destinations must be on one device; got {order.device} and {span.device}")
+            elif (mapping_of(span) is not None) != in_pci_memory:
+                raise SpanError("all destinations must be PCI memory (P2pMemory), or none of them")
             if not own and span.device.is_gpu:
                 check_gpu_span(span, destination)
             batch.append(Part(file._file, offset, span))
@@ -118,11 +123,13 @@ def write_parts(parts: Sequence[tuple[File, int, Any]]) -> Transfer:
             device, stream = span.device, stream_handle(None, source, span.device)
         elif span.device != device:
             raise SpanError(f"all sources must be on one device; got {device} and {span.device}")
+        if batch and (mapping_of(span) is None) != (mapping_of(batch[0].span) is None):
+            raise SpanError("all sources must be PCI memory (P2pMemory), or none of them")
         if span.device.is_gpu:
             check_gpu_span(span, source)
         batch.append(Part(file._file, offset, span))
     order = Order(True, device, stream)
-    movement = (parts[0][0]._path(device, write=True) if parts else HOST).begin(order)
+    movement = (parts[0][0]._path(batch[0].span, write=True) if parts else HOST).begin(order)
     nbytes = sum(part.span.nbytes for part in batch)
     return carry(movement, order, nbytes, (batch, parts), True, None, lambda: movement.add(batch))
 

@@ -58,3 +58,20 @@ def with_slow(folder: Path) -> list[str]:
     """The same, and a controller that takes a while: what was sent to it is still on its way when its driver dies."""
     slow = guest.namespace(blank(folder / "slow1", 32 * MIB), "slow1", bus="slow", nsid=1, iops=30)
     return [*behind_iommu(folder), *guest.nvme("slow", "0c.0"), *slow]
+
+
+def behind_switch(folder: Path) -> list[str]:
+    """A drive and a peer with a controller memory buffer behind one PCIe switch, and a drive that is not."""
+    return [
+        *("-device", "pcie-root-port,id=root,bus=pcie.0,addr=05.0,chassis=1"),
+        *("-device", "x3130-upstream,id=up,bus=root"),
+        *("-device", "xio3130-downstream,id=down1,bus=up,chassis=2,slot=1"),
+        *("-device", "xio3130-downstream,id=down2,bus=up,chassis=3,slot=2"),
+        *guest.nvme("near", "00.0", bus="down1"),
+        *guest.namespace(blank(folder / "near1", 256 * MIB), "near1", bus="near", nsid=1),
+        *guest.namespace(blank(folder / "near2", 400 * MIB), "near2", bus="near", nsid=2),
+        *guest.nvme("peer", "00.0", bus="down2", **{"cmb_size_mb": 64, "legacy-cmb": "off"}),
+        *guest.namespace(blank(folder / "peer1", 16 * MIB), "peer1", bus="peer", nsid=1),
+        *guest.nvme("far", "09.0"),
+        *guest.namespace(blank(folder / "far1", 64 * MIB), "far1", bus="far", nsid=1),
+    ]

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from gpunvme import _native
 from gpunvme.errors import CudaError, Error, PathError
 from gpunvme.memory import CPU, Device
-from gpunvme.paths.absent import ABSENT
 from gpunvme.paths.base import NAMES, Path, Source, Verdict
 from gpunvme.paths.cufile import COMPAT, CufilePath
 from gpunvme.paths.cufile import NAMES as CUFILE_NAMES
 from gpunvme.paths.gpu_nvme import GpuNvmePath
 from gpunvme.paths.host import HostPath
 from gpunvme.paths.nvme import NvmePath
+from gpunvme.paths.p2pdma import P2pdmaPath
 
 if TYPE_CHECKING:
+    from gpunvme.p2pdma.mappings import Mapping
     from gpunvme.paths.measured import Record
 
 HOST = HostPath()
@@ -25,6 +26,8 @@ HOST = HostPath()
 PATHS: tuple[Path, ...] = (HOST, NvmePath(), GpuNvmePath())
 # Chosen by measurement alone.
 CUFILE: tuple[CufilePath, ...] = tuple(CufilePath(name, HOST) for name in CUFILE_NAMES)
+# For memory of its own, or by name.
+P2PDMA = P2pdmaPath()
 _FIRST_GPU = Device("cuda", 0)
 
 # From this size on a read takes longer than it takes to find out which path is the faster one.
@@ -69,13 +72,44 @@ class Choice(NamedTuple):
 def explain(file: Source, device: Device, forced: str = "auto", *, measure: bool = False) -> Explanation:
     """Ask every path what it can do; ``measure`` the ones that only a measurement can rank."""
     measured = _measured(file, device, measure)
-    verdicts = [*(path.verdict(file, device) for path in (*PATHS, *CUFILE)), *ABSENT]
+    verdicts = [path.verdict(file, device) for path in (*PATHS, *CUFILE, P2PDMA)]
     verdicts.sort(key=lambda verdict: NAMES.index(verdict.path))
     try:
         chosen = choose(file, device, forced).name
     except (PathError, CudaError):
         chosen = None
     return Explanation(device, tuple(verdicts), chosen, measured)
+
+
+def explain_memory(file: Source, mapping: Mapping, forced: str = "auto") -> Explanation:
+    """Ask every path what it can do for PCI memory that this process has mapped."""
+    verdicts = [path.verdict(file, CPU) for path in (*PATHS, *CUFILE)]
+    verdicts.append(P2PDMA.verdict_of(file, mapping))
+    verdicts.sort(key=lambda verdict: NAMES.index(verdict.path))
+    usable = {verdict.path for verdict in verdicts if verdict.usable}
+    wanted = (P2PDMA.name, HOST.name) if forced == "auto" else (forced,)
+    chosen = next((name for name in wanted if name in usable), None)
+    return Explanation(CPU, tuple(verdicts), chosen)
+
+
+def pick_for_memory(file: Source, mapping: Mapping, forced: str) -> Path | None:
+    """Pick the path for PCI memory that this process has mapped; None: the same as for other memory of the host.
+
+    Raises
+    ------
+    PathError
+        If ``forced`` is ``"p2pdma"``, and the kernel cannot do it.
+    """
+    if not isinstance(file, _native.SourceFile):
+        return None
+    if forced == "auto":
+        return P2PDMA
+    if forced != P2PDMA.name:
+        return None
+    verdict = P2PDMA.verdict_of(file, mapping)
+    if not verdict.usable:
+        raise PathError(f"path {forced!r} cannot carry this: {verdict.reason}")
+    return P2PDMA.strictly()
 
 
 def choose(file: Source, device: Device, forced: str = "auto", *, gather: bool = False) -> Path:
@@ -131,8 +165,9 @@ def check_forced(file: Source, forced: str) -> None:
     PathError
         If it cannot, or does not exist.
     """
-    for path in CUFILE:
-        if path.name == forced:  # more would open its driver
+    careful: tuple[CufilePath | P2pdmaPath, ...] = (*CUFILE, P2PDMA)
+    for path in careful:
+        if path.name == forced:  # more would open a driver, or needs the memory
             verdict = path.installed(file)
             if not verdict.usable:
                 raise PathError(f"path {forced!r} cannot carry this: {verdict.reason}")
@@ -150,18 +185,15 @@ def _why_not(file: Source, device: Device) -> str:
 
 
 def _forced(file: Source, device: Device, forced: str) -> Path:
-    for path in (*PATHS, *CUFILE):
+    for path in (*PATHS, *CUFILE, P2PDMA):
         if path.name == forced:
             if isinstance(path, CufilePath) and device.is_gpu and path.installed(file).usable:
                 path.open()  # so that the verdict rests on what the driver says
             verdict = path.verdict(file, device)
             if not verdict.usable:
                 raise PathError(f"path {forced!r} cannot carry this: {verdict.reason}")
-            return path.strictly() if isinstance(path, CufilePath) else path
-    for verdict in ABSENT:
-        if verdict.path == forced:
-            raise PathError(f"path {forced!r} cannot carry this: {verdict.reason}")
-    names = ", ".join(repr(name) for name in ["auto", *(path.name for path in (*PATHS, *CUFILE))])
+            return path.strictly() if isinstance(path, CufilePath | P2pdmaPath) else path
+    names = ", ".join(repr(name) for name in ["auto", *(path.name for path in (*PATHS, *CUFILE, P2PDMA))])
     raise PathError(f"there is no path {forced!r}; use one of {names}")
 
 
