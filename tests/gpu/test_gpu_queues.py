@@ -846,3 +846,15 @@ def test_closed_queues_say_so_and_ids_are_used_again(data: bytes) -> None:
 def test_a_kernel_that_does_not_compile_says_where() -> None:
     with pytest.raises(gpunvme.CudaError, match=r"mine\.cu\(1\).*undeclared|mine\.cu\(1\).*undefined"):
         gpunvme.gpu.compile('extern "C" __global__ void run() { undeclared(); }', name="mine.cu")
+
+
+def test_a_controller_of_short_queues_needs_no_telling() -> None:
+    """Who says nothing gets as many entries as there can be: not everybody knows CAP.MQES."""
+    with nvme.open("soft:ram?size=1MiB&mqes=31&queues=8", queues=2, depth=8) as controller:
+        namespace = controller.namespace()
+        namespace.write_from(np.arange(4096, dtype=np.uint16).view(np.uint8))
+        with namespace.gpu_queues(0, count=2) as queues:
+            assert 2 <= queues.depth <= 32
+            out = Buffer.empty(8192, GPU)
+            queues.gather(range(16), out)
+            assert (out.numpy().view(np.uint16) == np.arange(4096)).all()

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from gpunvme.nvme.namespace import Namespace
     from gpunvme.paths.nvme import NamespaceSource
 
-_DEPTH = 256
 _CUT_THREADS, _MOST_CUT_BLOCKS = 128, 512
 # What passes a lane at once where only a part of blocks is wanted; and how many cuts that can be.
 _BOUNCE_BYTES = 4 << 20
@@ -93,8 +92,7 @@ class KeptQueues:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._closed = False
-        depth = min(_DEPTH, namespace.controller.registers.cap.queue_entries)
-        self.queues = namespace.gpu_queues(device, depth=depth)
+        self.queues = namespace.gpu_queues(device)
         try:
             self.gpu = Gpu(device.index)
             self._cut = own_kernels(self.gpu).kernel("gpunvme_cut")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _KERNELS = ("layout", "set_up", "reap", "gather", "scatter", "stream")
 _MOST_QUEUES = 8  # that are made unless the caller says how many
+_DEPTH = 256  # entries of a queue, the same
 _MOST_SLOTS = 1023  # of a queue: leaves CIDs some generations
 _LEAST_SLOT_BYTES = 4096
 
@@ -47,7 +48,7 @@ class GpuQueues:
         device: Any = 0,
         *,
         count: int | None = None,
-        depth: int = 256,
+        depth: int | None = None,
         placement: str = "auto",
         doorbell: str = "auto",
         slot_bytes: int | None = None,
@@ -58,6 +59,8 @@ class GpuQueues:
         self.device = Device.parse(device)
         if not self.device.is_gpu:
             raise SpanError(f"GPU queues are driven by a GPU, not by {self.device}")
+        if depth is None:
+            depth = min(_DEPTH, controller.registers.cap.queue_entries)
         self._check_shape(count, depth, slot_bytes, timeout)
         check_placement(placement)
         self.timeout = controller.timeout if timeout is None else timeout

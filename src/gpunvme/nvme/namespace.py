@@ -305,7 +305,7 @@ class Namespace:
         device: Any = 0,
         *,
         count: int | None = None,
-        depth: int = 256,
+        depth: int | None = None,
         placement: str = "auto",
         doorbell: str = "auto",
         slot_bytes: int | None = None,
@@ -320,7 +320,7 @@ class Namespace:
         count
             Queues; if None, up to 8 of those that the controller has left.
         depth
-            Entries of each queue, 2 to CAP.MQES + 1.
+            Entries of each queue, 2 to CAP.MQES + 1; if None, 256 or as many as there may be.
         placement
             ``"host"``: queues and data in host memory; ``"data"``: data in GPU memory; ``"full"``: queues too;
             ``"auto"``: the highest that works here, emulations aside. `GpuQueues.reasons` says why not higher.
