@@ -30,7 +30,7 @@ def test_sparse_finds_nothing(tmp_path: Path) -> None:
     assert not complaints
 
 
-def checks_on(kernel: str, folder: Path) -> guest.Checks:
+def checks_on(kernel: str, folder: Path, *, loads: int) -> guest.Checks:
     built, _ = module.build(kernel, folder / "kmod")
     selftest = module.build_selftest(folder / "kmod")
     return guest.run_checks(
@@ -38,20 +38,20 @@ def checks_on(kernel: str, folder: Path) -> guest.Checks:
         folder,
         devices=disks.with_slow,
         kernel=kernel,
-        environment={"GUEST_MODULE": str(built), "GUEST_SELFTEST": str(selftest)},
+        environment={"GUEST_MODULE": str(built), "GUEST_SELFTEST": str(selftest), "GUEST_LOADS": str(loads)},
         timeout=600,
     )
 
 
 @pytest.fixture(scope="module")
 def on_debian(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
-    return checks_on(guest.DEBIAN, tmp_path_factory.mktemp("old"))
+    return checks_on(guest.DEBIAN, tmp_path_factory.mktemp("old"), loads=100)
 
 
 @pytest.fixture(scope="module")
 def on_new(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
     """A kernel that has udmabuf, whose memory stands for another device's."""
-    return checks_on(guest.NEW, tmp_path_factory.mktemp("new"))
+    return checks_on(guest.NEW, tmp_path_factory.mktemp("new"), loads=100 if guest.LONG else 10)
 
 
 @pytest.mark.parametrize(("program", "name"), guest.checks_of("kmod"))
