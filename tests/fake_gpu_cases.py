@@ -492,7 +492,8 @@ def test_forked_children_are_refused_clearly(fake: FakeCuda, data: bytes, file: 
     with os.fdopen(reader) as pipe:
         said = pipe.read()
     assert os.waitpid(child, 0)[1] == 0
-    assert said.count("forked from one that used it") == 3
+    # Both refusals, and the lines of the paths that would ask CUDA: host, and p2pdma where the kernel has it.
+    assert said.count("forked from one that used it") in {3, 4}
     assert said.endswith("host memory is fine")
 
 
