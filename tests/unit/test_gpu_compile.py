@@ -98,7 +98,8 @@ class Unloadable:
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where the package would have its compiled kernels; it is a source tree, so it has its kernels elsewhere."""
+    """Where the package would have its compiled kernels; everything else is where it was."""
+    (tmp_path / "include").symlink_to(module.include_directory())
     monkeypatch.setattr(module.gpunvme, "__path__", [str(tmp_path)])
     (tmp_path / "gpu").mkdir()
     return tmp_path / "gpu" / "kernels.fatbin"
