@@ -217,7 +217,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     cuda = fake_cuda.use()
     made = Machine(cuda, monkeypatch)
 
-    def gpu_queues(namespace: Any, device: Any, depth: int) -> Queues:
+    def gpu_queues(namespace: Any, device: Any) -> Queues:
         assert str(device) == "cuda:0"
         if made.refused:
             raise gpunvme.NvmeError("a test's refusal")
