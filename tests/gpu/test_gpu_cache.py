@@ -7,8 +7,6 @@ would compute with bytes of other lines, read what they have again and again, or
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,21 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_gpu_queues import EMULATED, GPU, Int64s, few, on_gpu
 
-import emulated_gpu
 import gpunvme
 from gpunvme import nvme
 from gpunvme.gpu import CachedArray
-from gpunvme.gpu.driver import Gpu
 from gpunvme.memory import Buffer
 
-EMULATED = emulated_gpu.is_wanted()
-if EMULATED:
-    fake = emulated_gpu.use()
-else:
+if not EMULATED:
     pytestmark = pytest.mark.gpu
 
-GPU = "cuda:0"
 BLOCK = 512
 SIZE = 2 << 20
 LINE = 4096
@@ -56,33 +49,6 @@ def machine(options: str = "", **queues: Any) -> Iterator[Machine]:
     made = Machine(options, **queues)
     with made.controller:
         yield made
-
-
-def few(everywhere: int, emulated: int) -> int:
-    """How much of something: enough for a real GPU, or for the emulated one, which is slow."""
-    return emulated if EMULATED and os.environ.get("GPUNVME_TEST_LEVEL") != "long" else everywhere
-
-
-def on_gpu(array: Any) -> Buffer:
-    """A copy of an array, as bytes in GPU memory."""
-    gpu = Gpu(0)
-    buffer, (host, _) = Buffer.empty(array.nbytes, GPU), gpu.allocate_host(array.nbytes)
-    ctypes.memmove(host, array.ctypes.data, array.nbytes)
-    gpu.to_gpu(buffer.ptr, host, array.nbytes, 0)
-    gpu.synchronize(0)
-    gpu.free_host(host)
-    return buffer
-
-
-class Int64s:
-    """GPU memory as an array of 64-bit integers."""
-
-    def __init__(self, buffer: Buffer) -> None:
-        self._buffer = buffer
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {**self._buffer.__cuda_array_interface__, "shape": (self._buffer.nbytes // 8,), "typestr": "<i8"}
 
 
 def gathered(array: CachedArray, indices: Any) -> Any:

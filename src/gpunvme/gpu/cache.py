@@ -15,11 +15,11 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 from numpy.typing import NDArray
 
-from gpunvme.arguments import offsets_array
 from gpunvme.errors import CommandError, CudaError, DeadlineExceeded, Failed, NvmeError, RangeError, SpanError
+from gpunvme.gpu.arguments import gpu_span, host_or_gpu_integers, warp_shape
 from gpunvme.gpu.compile import own_kernels
 from gpunvme.gpu.memory import GpuMemory, aligned
-from gpunvme.memory import Span, address_of, check_gpu_span, span_of
+from gpunvme.memory import address_of
 from gpunvme.nvme import spec
 from gpunvme.nvme.movement import describe_failures
 from gpunvme.nvme.namespace import Namespace
@@ -36,8 +36,7 @@ _COUNTERS = ("hits", "misses", "loads", "evictions", "failures")  # CacheCounter
 _THREADS = 128  # of a block, as the kernels are bounded
 _MOST_BLOCKS = 4096
 _CHUNK = 1 << 20  # indices that one launch gathers
-# Lanes of a warp that have reads on their way, how many send theirs together, and what few slots are: as for rows.
-_SHAPE, _SMALL_SHAPE, _SMALL = (16, 4), (4, 4), 128
+_OWNER = "this array is cached on"
 _QUIET_SECONDS = 5.0
 _TIMEOUT, _STOPPED, _FULL = 1, 2, 3  # Fate in device.h
 _SCHEMES = ("soft:", "vfio-user:", "pci:")
@@ -275,7 +274,7 @@ class CachedArray:
         """
         self._check_usable()
         places, count = self._index_array(indices)
-        each, span = self.dtype.itemsize, self._gpu_span(out, writable=True)
+        each, span = self.dtype.itemsize, gpu_span(out, self.device, _OWNER, writable=True)
         if span.nbytes < count * each or span.ptr % each:
             raise SpanError(
                 f"{count} elements of {each} bytes need {count * each} bytes, aligned to {each}; the destination has "
@@ -299,7 +298,7 @@ class CachedArray:
     def _launch_gather(self, indices: int, out: int, count: int, stream: int) -> None:
         missed = self._places["missed"][0]
         slots = self.queues.depth - 1
-        width, batch = _SHAPE if slots >= _SMALL else _SMALL_SHAPE
+        width, batch = warp_shape(slots)
         job = struct.pack("<5Q", self.handle, indices, out, count, self.dtype.itemsize)
         job += struct.pack("<4Q", missed + 8, missed, width, batch)
         self._gpu.fill(missed, 8, stream)
@@ -313,27 +312,11 @@ class CachedArray:
         self._gpu.launch(self._kernels[kernel], (blocks, 1, 1), (_THREADS, 1, 1), packed, stream)
 
     def _index_array(self, indices: Any) -> tuple[NDArray[np.int64] | int, int]:
-        interface = getattr(indices, "__cuda_array_interface__", None)
-        if interface is None:
-            places = offsets_array(indices)
-            if len(places) and (places.min() < 0 or places.max() >= self.size):
-                bad = int(places[(places < 0) | (places >= self.size)][0])
-                raise RangeError(f"there is no element {bad}: the array has {self.size}")
-            return places, len(places)
-        if interface["typestr"] not in {"<i8", "<u8"} or len(interface["shape"]) != 1:
-            raise TypeError(
-                f"indices on the GPU are one-dimensional arrays of int64, not {interface['typestr']} of shape "
-                f"{interface['shape']}"
-            )
-        span = self._gpu_span(indices, writable=False)
-        return span.ptr, span.nbytes // 8
-
-    def _gpu_span(self, memory: Any, *, writable: bool) -> Span:
-        span = span_of(memory, writable=writable)
-        if span.device != self.device:
-            raise SpanError(f"memory is on {span.device}; this array is cached on {self.device}")
-        check_gpu_span(span, memory)
-        return span
+        places, count = host_or_gpu_integers(indices, "indices", self.device, _OWNER)
+        if isinstance(places, np.ndarray) and count and (places.min() < 0 or places.max() >= self.size):
+            bad = int(places[(places < 0) | (places >= self.size)][0])
+            raise RangeError(f"there is no element {bad}: the array has {self.size}")
+        return places, count
 
     def _upload(self, indices: NDArray[np.int64]) -> int:
         """Page-locked memory with the indices; its address for the GPU."""

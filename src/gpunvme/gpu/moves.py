@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpunvme.arguments import offsets_array
 from gpunvme.errors import RangeError, SpanError
+from gpunvme.gpu.arguments import gpu_span, host_or_gpu_integers, warp_shape
 from gpunvme.gpu.driver import Gpu
 from gpunvme.gpu.jobs import MOST_RECORDS, KernelMovement, Room
 from gpunvme.gpu.memory import StreamMemory
 from gpunvme.gpu.placement import describe
-from gpunvme.memory import Device, Span, address_of, check_gpu_span, span_of
+from gpunvme.memory import Device, Span, address_of
 from gpunvme.nvme import spec
 from gpunvme.streams import stream_handle
 from gpunvme.transfer import Transfer
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 _ROW_THREADS, _STREAM_THREADS = 128, 256  # of a block, as the kernels are bounded
 _ROOM_PIECES = 1 << 20
-# Lanes of a warp that have rows of their own, and how many of them send theirs together: measured. Few slots are used
-# best by many warps, which copy at once.
-_ROW_SHAPE, _SMALL_ROW_SHAPE, _SMALL = (16, 4), (4, 4), 128
+_OWNER = "these queues are driven by"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ class Moves:
         self._count = count
         self._kernels = kernels
         self._slots, self._piece_blocks = queues.shape.slots, queues.shape.piece_blocks
-        self._row_shape = _ROW_SHAPE if self._slots >= _SMALL else _SMALL_ROW_SHAPE
+        self._row_shape = warp_shape(self._slots)
         self._lock = threading.Lock()
         self._rooms: list[Room] = []
         self._last_stream_job = 0  # its event
@@ -114,7 +112,7 @@ class Moves:
     ) -> Transfer:
         """As `GpuQueues.gather` and `GpuQueues.scatter`; ``kernel`` says which."""
         size = self._namespace.block_size
-        places, rows = self._places(lbas)
+        places, rows = host_or_gpu_integers(lbas, "LBAs", self._device, _OWNER)
         span = self._span(memory, None, writable=kernel == "gather")
         if blocks is None:
             blocks = span.nbytes // (rows * size) if rows else 1
@@ -150,25 +148,8 @@ class Moves:
         )
         return self._start(work, (span, memory, lbas), wait, timeout)
 
-    def _places(self, lbas: Any) -> tuple[NDArray[np.int64] | int, int]:
-        """LBAs as an array of the host's, or their address on the GPU; and how many there are."""
-        interface = getattr(lbas, "__cuda_array_interface__", None)
-        if interface is None:
-            places = offsets_array(lbas)
-            return places, len(places)
-        if interface["typestr"] not in {"<i8", "<u8"} or len(interface["shape"]) != 1:
-            raise TypeError(
-                f"LBAs on the GPU are one-dimensional arrays of int64, not {interface['typestr']} of shape "
-                f"{interface['shape']}"
-            )
-        span = self._span(lbas, None, writable=False)
-        return span.ptr, span.nbytes // 8
-
     def _span(self, memory: Any, nbytes: int | None, *, writable: bool) -> Span:
-        span = span_of(memory, writable=writable)
-        if span.device != self._device:
-            raise SpanError(f"memory is on {span.device}; these queues are driven by {self._device}")
-        check_gpu_span(span, memory)
+        span = gpu_span(memory, self._device, _OWNER, writable=writable)
         if nbytes is None:
             return span
         if span.nbytes < nbytes:
