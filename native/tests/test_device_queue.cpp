@@ -172,10 +172,11 @@ TEST(blocks_outside_of_the_namespace_are_refused_without_asking) {
 }
 
 TEST(a_lost_completion_ends_at_its_deadline_and_the_others_go_on) {
-  Machine machine({.faults = "drop#3", .timeout_ns = 300'000'000});
+  Machine machine({.faults = "drop#3"});
   std::vector<char> data(kBlock);
   int timeouts = 0;
   for (int i = 0; i < 40; ++i) {
+    machine.queue.timeout_ns = i == 2 ? 100'000'000 : 20'000'000'000;  // short for the one that is lost
     const Outcome outcome = gpunvme::read(machine.queue, 0, 1, data.data());
     if (outcome.fate == Fate::kTimeout) {
       ++timeouts;
@@ -205,9 +206,10 @@ TEST(a_controller_that_answers_nothing_lets_everybody_go) {
 }
 
 TEST(a_late_completion_gives_the_slot_back) {
-  Machine machine({.faults = "delay:600#1", .entries = 2, .timeout_ns = 100'000'000});
+  Machine machine({.faults = "delay:2000#1", .entries = 2, .timeout_ns = 100'000'000});
   char data[kBlock] = {};
   CHECK_EQ(gpunvme::read(machine.queue, 0, 1, data).fate, Fate::kTimeout);
+  machine.queue.timeout_ns = 20'000'000'000;
   CHECK_EQ(machine.queue.pair.state().stuck.load_acquire(), 1u);
   machine.client.until("the completion", [&] {
     gpunvme::reap(machine.queue);

@@ -244,6 +244,8 @@ TEST(what_was_read_before_a_reset_is_copied) {
     const auto run = c.run();
     run->add_range(0, 16, IoMemory::gpu(memory.address(), 8192, 0), 0);
     run->drive(0);
+    while (c.device.step() > 0) {
+    }
     // Another run reaps it, and ours does not look before the queues are gone.
     Memory host(512);
     const auto other = c.run();

@@ -1,5 +1,6 @@
 // Transfers when things go wrong: errors, lost completions, stopped queues, processes forked in the middle.
 #include <algorithm>
+#include <map>
 
 #include "ram_device.h"
 
@@ -421,8 +422,10 @@ TEST(random_trouble_on_random_transfers) {
     RamDevice device(512, 2048);
     device.max_bytes = random.pick({512u, 4096u, 16384u});
     int drops = 0;
-    device.judge = [&](const Sqe&) {
-      if (random.one_in(30)) return RamDevice::Verdict{kInternalError};
+    std::map<std::uint32_t, int> errors;
+    device.judge = [&](const Sqe& sqe) {
+      // Fewer for each place than a command is tried.
+      if (random.one_in(30) && ++errors[sqe.cdw10] < 3) return RamDevice::Verdict{kInternalError};
       if (random.one_in(150) && ++drops < 4) return random.one_in(2) ? kDrop : kHold;
       return RamDevice::Verdict{};
     };

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "frame_memory.h"
@@ -243,7 +244,8 @@ TEST(some_reads_fail_and_the_others_are_right) {
 }
 
 TEST(a_lost_completion_ends_at_its_deadline_for_all_who_wait) {
-  Machine machine({.faults = "drop#1", .sets = 1, .timeout_ns = 200'000'000});
+  Machine machine({.faults = "drop#1", .sets = 1});
+  machine.queue.timeout_ns = 200'000'000;
   Threads all;
   std::atomic<int> timeouts{0};
   for (unsigned thread = 0; thread < 4; ++thread) {
@@ -257,6 +259,7 @@ TEST(a_lost_completion_ends_at_its_deadline_for_all_who_wait) {
   }
   all.finish();
   CHECK(timeouts.load() >= 1);
+  machine.queue.timeout_ns = 20'000'000'000;
   read_at_random(machine, 2, 50, kSize / 8);
 }
 
@@ -294,12 +297,14 @@ TEST(pinned_lines_are_never_evicted_and_keep_their_bytes) {
 }
 
 TEST(when_all_frames_are_held_others_are_told_at_the_deadline) {
-  Machine machine({.sets = 1, .timeout_ns = 100'000'000});
+  Machine machine({.sets = 1});
   const CachedArray<std::uint64_t> array(&machine.cache);
   Line<std::uint64_t> lines[PageFrames::kWays];
   for (std::uint64_t i = 0; i < PageFrames::kWays; ++i) lines[i] = array.line(i * 512);
   std::uint64_t value = 1;
+  const std::uint64_t patience = std::exchange(machine.queue.timeout_ns, 100'000'000);
   CHECK_EQ(array.read(100 * 512, value).fate, Fate::kFull);
+  machine.queue.timeout_ns = patience;
   CHECK(array.read(5, value).ok());  // what is there is there
   CHECK_EQ(value, 5u);
   lines[3].release();

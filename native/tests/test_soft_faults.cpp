@@ -119,7 +119,7 @@ TEST(drop_loses_a_completion_for_good) {
 TEST(delay_holds_one_completion_back_and_abort_finds_it) {
   FaultClient client("delay:60000#1,delay:30#2,delay:60000#4");
   for (int i = 0; i < 4; ++i) client.read();
-  CHECK(client.completions() == (Cids{2}));
+  CHECK_EQ(client.wait(client.queue).cid, 2);
   CHECK_EQ(client.wait(client.queue).cid, 1);
   nvme::Sqe abort{};
   abort.opcode = nvme::kAdminAbort;
@@ -287,7 +287,7 @@ TEST(cq_stall_holds_a_queue_until_a_reset_or_a_second) {
 TEST(short_ready_is_late_or_never) {
   Options options = in_memory();
   options.to = 1;
-  options.faults = "short-ready:30#1,short-ready:501#2";
+  options.faults = "short-ready:300#1,short-ready:501#2";
   Client client(options);
   client.start();
   CHECK(!nvme::csts_rdy(client.csts()));
