@@ -289,7 +289,7 @@ def test_calls_that_fail(fake: FakeCuda, path: Path, whole: dict[str, bytes], fu
             assert function in str(error)  # noqa: PT017 - not every call is made
         fake.control("fake_cuda_reset")
     gc.collect()
-    assert fake.counters().live_allocations == before
+    assert fake.counters().live_allocations <= before  # fewer, where another test's went only now
 
 
 def test_no_room(fake: FakeCuda, path: Path) -> None:
