@@ -5,6 +5,9 @@ VENV := .venv
 # Warnings of the compiler are errors where CI=true, or with `make WERROR=ON …`.
 WERROR ?= $(if $(filter true,$(CI)),ON,OFF)
 
+# So many tests at once, a file of them in one process: guests are started once.
+BESIDE ?= --numprocesses $(shell nproc) --dist loadfile --no-loadscope-reorder
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip -qq --disable-pip-version-check
 REQUIREMENTS = $(BIN)/python tools/requirements
@@ -84,7 +87,7 @@ device-code: $(VENV)/built $(VENV)/device-compilers  ## compile what runs on GPU
 # The Python tests run against the libcuda that the plain native build leaves.
 pytest: export GPUNVME_FAKE_LIBCUDA := $(CURDIR)/build/plain/libcuda_fake.so
 pytest: setup $(VENV)/demo-checkpoint $(VENV)/guests native-plain  ## the Python tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(BESIDE)
 
 # --- reading and writing
 
