@@ -6,7 +6,7 @@ VENV := .venv
 WERROR ?= $(if $(filter true,$(CI)),ON,OFF)
 
 # So many tests at once, a file of them in one process: guests are started once.
-BESIDE ?= --numprocesses $(shell nproc) --dist loadfile --no-loadscope-reorder
+BESIDE ?= --numprocesses $(shell n=$$(nproc); echo $$((n < 8 ? n : 8))) --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip -qq --disable-pip-version-check
