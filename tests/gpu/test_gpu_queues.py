@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 import emulated_gpu
+import fake_nvtx
 import gpunvme
 from gpunvme import nvme
 from gpunvme.gpu.driver import Gpu
@@ -858,3 +859,24 @@ def test_a_controller_of_short_queues_needs_no_telling() -> None:
             out = Buffer.empty(8192, GPU)
             queues.gather(range(16), out)
             assert (out.numpy().view(np.uint16) == np.arange(4096)).all()
+
+
+# --- NVTX
+
+
+def test_launches_have_ranges(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = fake_nvtx.use(monkeypatch)
+    machine = Machine(data)
+    with machine.controller, machine.queues:
+        out = Buffer.empty(8 * BLOCK, GPU)
+        machine.queues.gather(list(range(8)), out)
+        machine.inject("drop#2")
+        machine.queues.stream(0, out.nbytes, out)
+        assert machine.queues.recoveries
+    lasted = seen.lasted()
+    placement = machine.queues.placement
+    assert any(each.startswith("2 GPU queues made on ") and each.endswith(placement) for each in lasted), lasted
+    launches = [each for each in lasted if "commands by kernels on cuda:0" in each]
+    assert any(each.startswith("gather of 8 commands") for each in launches), lasted
+    assert launches[-1].startswith("stream of ") and launches[-1].endswith(", launch 2"), lasted
+    assert any("lost on GPU queues of " in each for each in lasted), lasted
