@@ -866,17 +866,17 @@ def test_a_controller_of_short_queues_needs_no_telling() -> None:
 
 def test_launches_have_ranges(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = fake_nvtx.use(monkeypatch)
-    machine = Machine(data)
-    with machine.controller, machine.queues:
-        out = Buffer.empty(8 * BLOCK, GPU)
-        machine.queues.gather(list(range(8)), out)
-        machine.inject("drop#2")
-        machine.queues.stream(0, out.nbytes, out)
-        assert machine.queues.recoveries
+    with machine(data, timeout=few(0.3, 2.0), driver={"timeout": 0.3}) as m:
+        m.queues.stream(0, 8 * BLOCK, Buffer.empty(8 * BLOCK, GPU))
+        m.inject("drop#7")
+        m.queues.gather(some_lbas(m.namespace, 100, 1), Buffer.empty(100 * BLOCK, GPU))
+        assert m.queues.recoveries
+        placement = m.queues.placement
     lasted = seen.lasted()
-    placement = machine.queues.placement
-    assert any(each.startswith("2 GPU queues made on ") and each.endswith(placement) for each in lasted), lasted
-    launches = [each for each in lasted if "commands by kernels on cuda:0" in each]
-    assert any(each.startswith("gather of 8 commands") for each in launches), lasted
-    assert launches[-1].startswith("stream of ") and launches[-1].endswith(", launch 2"), lasted
-    assert any("lost on GPU queues of " in each for each in lasted), lasted
+    made = [each for each in lasted if "GPU queues made on soft:ram" in each]
+    assert made[-1].endswith(f"for cuda:0, placement {placement}"), lasted
+    launches = [each for each in lasted if f"commands by kernels on {GPU} over 2 queues of soft:ram" in each]
+    assert any(each.startswith("stream of ") for each in launches), lasted
+    assert sum(each.startswith("gather of 100 ") for each in launches) >= 2, lasted
+    assert ", launch " in launches[-1], lasted
+    assert any("lost on GPU queues of soft:ram" in each for each in lasted), lasted

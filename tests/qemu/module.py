@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import guest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 SOURCE = guest.REPOSITORY / "kmod"
+FOR_TESTS = guest.REPOSITORY / "tests/qemu/modules"
 # Of the kernel's makefiles, about the machine: it is not the one that the kernel was built on.
 USUAL = re.compile(r"the compiler differs|pahole version differs|Skipping BTF generation")
 
@@ -26,15 +28,37 @@ def build(kernel: str, folder: Path, *options: str) -> tuple[Path, str]:
         If it cannot be built.
     """
     shutil.copytree(SOURCE, folder)
-    tree = guest.PARTS / f"{kernel}-headers" / "tree"
-    command = ["make", "-C", str(folder), f"KDIR={tree.resolve()}", "CC=gcc", "HOSTCC=gcc", *options]
+    return folder / "gpunvme.ko", _make(["-C", str(folder), f"KDIR={tree_of(kernel)}"], options)
+
+
+def build_for_tests(kernel: str, folder: Path) -> Path:
+    """Build the modules that tests load beside it; return the folder that they are in.
+
+    Raises
+    ------
+    AssertionError
+        If they cannot be built, or not without a warning.
+    """
+    shutil.copytree(FOR_TESTS, folder)
+    complaints = _make(["-C", str(tree_of(kernel)), f"M={folder}", "modules"], ["W=1"])
+    assert not complaints, complaints
+    return folder
+
+
+def tree_of(kernel: str) -> Path:
+    """Where a kernel's headers are."""
+    return (guest.PARTS / f"{kernel}-headers" / "tree").resolve()
+
+
+def _make(arguments: Sequence[str], options: Sequence[str]) -> str:
+    command = ["make", *arguments, "CC=gcc", "HOSTCC=gcc", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-8000:]
     complaints = [
         line for line in said.splitlines() if re.search(r"\b(warning|error): ", line) and not USUAL.search(line)
     ]
-    return folder / "gpunvme.ko", "\n".join(complaints)
+    return "\n".join(complaints)
 
 
 def build_selftest(folder: Path) -> Path:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(900)
 
 KERNELS = (guest.DEBIAN, guest.NEW)
+PROGRAMS = ("kmod", "kmod_dmabufs", "kmod_faults", "kmod_hostile")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -31,14 +32,16 @@ def test_sparse_finds_nothing(tmp_path: Path) -> None:
 
 
 def checks_on(kernel: str, folder: Path, *, loads: int) -> guest.Checks:
-    built, _ = module.build(kernel, folder / "kmod")
+    module.build(kernel, folder / "kmod")
+    modules = module.build_for_tests(kernel, folder / "modules")
+    shutil.copy(folder / "kmod" / "gpunvme.ko", modules)
     selftest = module.build_selftest(folder / "kmod")
     return guest.run_checks(
-        ["kmod"],
+        PROGRAMS,
         folder,
         devices=disks.with_slow,
         kernel=kernel,
-        environment={"GUEST_MODULE": str(built), "GUEST_SELFTEST": str(selftest), "GUEST_LOADS": str(loads)},
+        environment={"GUEST_MODULES": str(modules), "GUEST_SELFTEST": str(selftest), "GUEST_LOADS": str(loads)},
         timeout=600,
     )
 
@@ -54,16 +57,16 @@ def on_new(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
     return checks_on(guest.NEW, tmp_path_factory.mktemp("new"), loads=100 if guest.LONG else 10)
 
 
-@pytest.mark.parametrize(("program", "name"), guest.checks_of("kmod"))
+@pytest.mark.parametrize(("program", "name"), guest.checks_of(*PROGRAMS))
 def test_on_debian_12(on_debian: guest.Checks, program: str, name: str) -> None:
     on_debian.expect(program, name)
 
 
-@pytest.mark.parametrize(("program", "name"), guest.checks_of("kmod"))
+@pytest.mark.parametrize(("program", "name"), guest.checks_of(*PROGRAMS))
 def test_on_a_new_kernel(on_new: guest.Checks, program: str, name: str) -> None:
     on_new.expect(program, name)
 
 
 def test_dmabufs_were_there(on_new: guest.Checks) -> None:
     """The check of dma-bufs passes without one where the kernel has none: this one has."""
-    assert not on_new.expect("kmod", "data_goes_into_a_dmabuf_and_out_of_it").facts
+    assert not on_new.expect("kmod_dmabufs", "data_goes_into_a_dmabuf_and_out_of_it").facts

@@ -32,14 +32,18 @@ def test_ranges_name_the_command_and_the_queues(seen: fake_nvtx.Notes) -> None:
         namespace.write_from(np.ones(1 << 16, np.uint8))
         namespace.flush()
         namespace.gather([0, 5, 9])
-    matched(seen, "3 queues made on soft:ram.*", "Write over 3 queues of soft:ram.*", "Flush over 3 .*", "Read over 3 .*")
+    matched(
+        seen, "3 queues made on soft:ram.*", "Write over 3 queues of soft:ram.*", "Flush over 3 .*", "Read over 3 .*"
+    )
 
 
 def test_a_lost_command_and_the_reset_have_ranges(seen: fake_nvtx.Notes) -> None:
     with nvme.open(f"{RAM}&faults=cq-stall%234", timeout=0.3, admin_timeout=2, queues=2) as controller:
         assert controller.namespace().read().nbytes == 1 << 20
         assert controller.resets > 0
-    matched(seen, "2 queues made .*", "Read over 2 queues .*", r"\d+ commands aborted on soft:ram.*", "reset of soft:ram.*")
+    matched(
+        seen, "2 queues made .*", "Read over 2 queues .*", r"\d+ commands aborted on soft:ram.*", "reset of soft:ram.*"
+    )
 
 
 def test_ranges_end_with_transfers_that_fail(seen: fake_nvtx.Notes) -> None:
