@@ -6,8 +6,7 @@ import json
 import sys
 import threading
 import time
-import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from gpunvme.nvtx_ranges import load
 from gpunvme.transfer import Report, Transfer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
