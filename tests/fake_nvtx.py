@@ -18,7 +18,7 @@ class Notes:
     Attributes
     ----------
     calls
-        ``("start", message, domain)``, ``("end", number of the start)`` and ``("mark", message, domain)``, as they came.
+        ``("start", message, domain)``, ``("end", number of the start)``, ``("mark", message, domain)``, as they came.
     """
 
     def __init__(self) -> None:

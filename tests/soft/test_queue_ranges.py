@@ -1,4 +1,4 @@
-"""NVTX ranges on the driver's queues: who looks at a timeline must see what the queues did, and when they were reset."""
+"""NVTX ranges on the driver's queues: a timeline must show what the queues did, and when they were reset."""
 
 from __future__ import annotations
 

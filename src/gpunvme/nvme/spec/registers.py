@@ -199,3 +199,131 @@ class Aqa(BitFields):
 
     asqs: int = bits(0, 12, required=True)
     acqs: int = bits(16, 12, required=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Bpinfo(BitFields):
+    """BPINFO, Boot Partition Information (Base 2.0, 3.1.3.13)."""
+
+    bpsz: int = bits(0, 15)
+    """Boot Partition Size, 128 KiB."""
+    brs: int = bits(24, 2)
+    """Boot Read Status."""
+    abpid: int = bits(31, 1)
+    """Active Boot Partition ID."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cmbloc(BitFields):
+    """CMBLOC, Controller Memory Buffer Location (Base 2.0, 3.1.3.11)."""
+
+    bir: int = bits(0, 3)
+    """Base Indicator Register: the BAR that it lies in."""
+    cqmms: int = bits(3, 1)
+    """Queues may lie in host memory and in the buffer."""
+    cqpds: int = bits(4, 1)
+    """Queues need not be physically contiguous there."""
+    cdpmls: int = bits(5, 1)
+    """PRP lists and data of a command may lie in different places."""
+    cdpcils: int = bits(6, 1)
+    """PRP lists and their command may lie in different places."""
+    cdmmms: int = bits(7, 1)
+    """Data of a command may lie in both places."""
+    cqda: int = bits(8, 1)
+    """Queue Dword Alignment."""
+    ofst: int = bits(12, 20)
+    """Offset in that BAR, in units of `Cmbsz.unit_bytes`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cmbsz(BitFields):
+    """CMBSZ, Controller Memory Buffer Size (Base 2.0, 3.1.3.12)."""
+
+    sqs: int = bits(0, 1)
+    """Submission Queue Support."""
+    cqs: int = bits(1, 1)
+    """Completion Queue Support."""
+    lists: int = bits(2, 1)
+    """PRP SGL List Support."""
+    rds: int = bits(3, 1)
+    """Read Data Support: what the controller writes."""
+    wds: int = bits(4, 1)
+    """Write Data Support: what it reads."""
+    szu: int = bits(8, 4)
+    """Size Units: see `unit_bytes`."""
+    sz: int = bits(12, 20)
+    """Size, in these units: see `nbytes`."""
+
+    @property
+    def unit_bytes(self) -> int:
+        """What SZ and CMBLOC.OFST count, bytes."""
+        return 4096 << 4 * self.szu
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the buffer, bytes."""
+        return self.sz * self.unit_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Cmbmsc(BitFields):
+    """CMBMSC, Controller Memory Buffer Memory Space Control (Base 2.0, 3.1.3.16)."""
+
+    cre: int = bits(0, 1)
+    """Capabilities Registers Enabled: CMBLOC and CMBSZ read as zero before."""
+    cmse: int = bits(1, 1)
+    """Controller Memory Space Enable."""
+    cba: int = bits(12, 52)
+    """Controller Base Address, 4 KiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cmbsts(BitFields):
+    """CMBSTS, Controller Memory Buffer Status (Base 2.0, 3.1.3.17)."""
+
+    cbai: int = bits(0, 1)
+    """Controller Base Address Invalid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crto(BitFields):
+    """CRTO, Controller Ready Timeouts (Base 2.0, 3.1.3.21), in 500 ms."""
+
+    crwmt: int = bits(0, 16)
+    """Controller Ready With Media Timeout."""
+    crimt: int = bits(16, 16)
+    """Controller Ready Independent of Media Timeout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pmrcap(BitFields):
+    """PMRCAP, Persistent Memory Region Capabilities (Base 2.0, 3.1.3.22)."""
+
+    rds: int = bits(3, 1)
+    """Read Data Support."""
+    wds: int = bits(4, 1)
+    """Write Data Support."""
+    bir: int = bits(5, 3)
+    """Base Indicator Register: the BAR that it lies in."""
+    pmrtu: int = bits(8, 2)
+    """Time Units of PMRTO: 500 ms or minutes."""
+    pmrwbm: int = bits(10, 4)
+    """Write Barrier Mechanisms."""
+    pmrto: int = bits(16, 8)
+    """Timeout."""
+    cmss: int = bits(24, 1)
+    """Controller Memory Space Supported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pmrsts(BitFields):
+    """PMRSTS, Persistent Memory Region Status (Base 2.0, 3.1.3.24)."""
+
+    err: int = bits(0, 8)
+    """Error."""
+    nrdy: int = bits(8, 1)
+    """Not Ready."""
+    hsts: int = bits(9, 3)
+    """Health Status."""
+    cbai: int = bits(12, 1)
+    """Controller Base Address Invalid."""
