@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 from typing import TYPE_CHECKING
 
 import disks
@@ -29,6 +31,26 @@ def test_builds_without_a_warning(kernel: str, tmp_path: Path) -> None:
 def test_sparse_finds_nothing(tmp_path: Path) -> None:
     _, complaints = module.build(guest.DEBIAN, tmp_path / "kmod", "C=2", "CF=-D__CHECK_ENDIAN__")
     assert not complaints
+
+
+def style(program: str) -> subprocess.CompletedProcess[str]:
+    """``make style`` with one program of a kernel's source; what is not named is left out."""
+    programs = {"CHECKPATCH": "", "KERNEL_DOC": "", **dict([program.split("=", 1)])}
+    command = ["make", "-s", "-C", str(module.SOURCE), "style", *(f"{name}={path}" for name, path in programs.items())]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_every_part_is_described() -> None:
+    """By the program that makes the kernel's own documents; newer headers do not have it."""
+    done = style(f"KERNEL_DOC={module.tree_of(guest.DEBIAN) / 'scripts/kernel-doc'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no kernel-doc here" not in done.stdout
+
+
+@pytest.mark.skipif("GPUNVME_CHECKPATCH" not in os.environ, reason="GPUNVME_CHECKPATCH names no checkpatch.pl")
+def test_style_is_the_kernels() -> None:
+    done = style(f"CHECKPATCH={os.environ['GPUNVME_CHECKPATCH']}")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def checks_on(kernel: str, folder: Path, *, loads: int) -> guest.Checks:

@@ -2,8 +2,8 @@
 /*
  * For tests: has a kernel function fail when gpunvme.ko calls it, in kernels that were built without fault injection.
  *
- * A kprobe at the function's first instruction returns at once with what it was told to (Documentation/trace/kprobes.rst,
- * "Changing Execution Path"), if the return address lies between `from` and `to`, and `skip` such calls have passed.
+ * A kprobe at the function's first instruction returns at once with what it was told to, if the return address lies
+ * between `from` and `to`, and `skip` such calls have passed (Documentation/trace/kprobes.rst, Changing Execution Path).
  * Writing a name to /sys/module/failing_calls/parameters/function begins that, writing nothing ends it.
  */
 #include <linux/kprobes.h>
@@ -30,12 +30,12 @@ static DEFINE_MUTEX(lock);
 void failing_calls_return(void);
 /* Alignment and ENDBR as for any function that is jumped to. */
 asm(".pushsection .text\n"
-    ".type failing_calls_return, @function\n"
-    "failing_calls_return:\n"
-    ASM_ENDBR
-    ASM_RET
-    ".size failing_calls_return, .-failing_calls_return\n"
-    ".popsection\n");
+	".type failing_calls_return, @function\n"
+	"failing_calls_return:\n"
+	ASM_ENDBR
+	ASM_RET
+	".size failing_calls_return, .-failing_calls_return\n"
+	".popsection\n");
 
 static int before(struct kprobe *unused, struct pt_regs *regs)
 {
@@ -48,6 +48,7 @@ static int before(struct kprobe *unused, struct pt_regs *regs)
 	instruction_pointer_set(regs, (unsigned long)failing_calls_return);
 	return 1;
 }
+
 NOKPROBE_SYMBOL(before);
 
 static int set_function(const char *value, const struct kernel_param *unused)
