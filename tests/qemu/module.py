@@ -1,4 +1,4 @@
-"""gpunvme's kernel module, built for the kernels of the guests."""
+"""gpunvme's kernel module, built for the kernels of the guests, and checked in them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
+import disks
 import guest
 
 if TYPE_CHECKING:
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 SOURCE = guest.REPOSITORY / "kmod"
 FOR_TESTS = guest.REPOSITORY / "tests/qemu/modules"
+PROGRAMS = ("kmod", "kmod_dmabufs", "kmod_faults", "kmod_hostile")
+# Red zones, poisoned free memory (Documentation/mm/slub.rst), and KFENCE where there is one: what packaged kernels have
+# of KASAN. What they find, they log as a BUG, and the check that ran fails.
+CHECKED = "intel_iommu=on slub_debug=FZP,kmalloc-* kfence.sample_interval=10"
 # Of the kernel's makefiles, about the machine: it is not the one that the kernel was built on.
 USUAL = re.compile(r"the compiler differs|pahole version differs|Skipping BTF generation")
 
@@ -67,3 +72,20 @@ def build_selftest(folder: Path) -> Path:
         ["make", "-s", "-C", folder / "selftest", "CFLAGS=-O2 -Wall -Wextra -Werror"], check=True, timeout=60
     )
     return folder / "selftest" / "selftest"
+
+
+def checks_on(kernel: str, folder: Path, *, loads: int) -> guest.Checks:
+    """Boot a kernel, and run everything that is checked of the module; it is loaded and unloaded ``loads`` times."""
+    build(kernel, folder / "kmod")
+    modules = build_for_tests(kernel, folder / "modules")
+    shutil.copy(folder / "kmod" / "gpunvme.ko", modules)
+    selftest = build_selftest(folder / "kmod")
+    return guest.run_checks(
+        PROGRAMS,
+        folder,
+        devices=disks.with_slow,
+        kernel=kernel,
+        options=CHECKED,
+        environment={"GUEST_MODULES": str(modules), "GUEST_SELFTEST": str(selftest), "GUEST_LOADS": str(loads)},
+        timeout=600,
+    )

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
-import disks
 import guest
 import module
 import pytest
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(900)
 
 KERNELS = (guest.DEBIAN, guest.NEW)
-PROGRAMS = ("kmod", "kmod_dmabufs", "kmod_faults", "kmod_hostile")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -53,38 +51,23 @@ def test_style_is_the_kernels() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def checks_on(kernel: str, folder: Path, *, loads: int) -> guest.Checks:
-    module.build(kernel, folder / "kmod")
-    modules = module.build_for_tests(kernel, folder / "modules")
-    shutil.copy(folder / "kmod" / "gpunvme.ko", modules)
-    selftest = module.build_selftest(folder / "kmod")
-    return guest.run_checks(
-        PROGRAMS,
-        folder,
-        devices=disks.with_slow,
-        kernel=kernel,
-        environment={"GUEST_MODULES": str(modules), "GUEST_SELFTEST": str(selftest), "GUEST_LOADS": str(loads)},
-        timeout=600,
-    )
-
-
 @pytest.fixture(scope="module")
 def on_debian(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
-    return checks_on(guest.DEBIAN, tmp_path_factory.mktemp("old"), loads=100)
+    return module.checks_on(guest.DEBIAN, tmp_path_factory.mktemp("old"), loads=100)
 
 
 @pytest.fixture(scope="module")
 def on_new(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
     """A kernel that has udmabuf, whose memory stands for another device's."""
-    return checks_on(guest.NEW, tmp_path_factory.mktemp("new"), loads=100 if guest.LONG else 10)
+    return module.checks_on(guest.NEW, tmp_path_factory.mktemp("new"), loads=100 if guest.LONG else 10)
 
 
-@pytest.mark.parametrize(("program", "name"), guest.checks_of(*PROGRAMS))
+@pytest.mark.parametrize(("program", "name"), guest.checks_of(*module.PROGRAMS))
 def test_on_debian_12(on_debian: guest.Checks, program: str, name: str) -> None:
     on_debian.expect(program, name)
 
 
-@pytest.mark.parametrize(("program", "name"), guest.checks_of(*PROGRAMS))
+@pytest.mark.parametrize(("program", "name"), guest.checks_of(*module.PROGRAMS))
 def test_on_a_new_kernel(on_new: guest.Checks, program: str, name: str) -> None:
     on_new.expect(program, name)
 

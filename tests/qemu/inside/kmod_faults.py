@@ -150,6 +150,15 @@ def map_of(fd: int, memory: int, dmabuf: int = -1) -> uapi.Map:
 
 
 @check()
+def the_kernel_checks_what_it_allocates() -> dict[str, object]:
+    """Not a test of the module: what the others rely on, where a kernel has no KASAN. See `CHECKED` in module.py."""
+    cache = Path("/sys/kernel/slab/kmalloc-64")
+    has = {name: (cache / name).read_text().strip() for name in ("sanity_checks", "red_zone", "poison")}
+    assert set(has.values()) == {"1"}, has
+    return has
+
+
+@check()
 def mapping_memory_fails_and_leaves_nothing() -> dict[str, object]:
     with failing_calls(), opened() as transport:
         memory, address = page_of(PAGES * 4096)

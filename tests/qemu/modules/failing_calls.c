@@ -3,7 +3,7 @@
  * For tests: has a kernel function fail when gpunvme.ko calls it, in kernels that were built without fault injection.
  *
  * A kprobe at the function's first instruction returns at once with what it was told to, if the return address lies
- * between `from` and `to`, and `skip` such calls have passed (Documentation/trace/kprobes.rst, Changing Execution Path).
+ * between `from` and `to`, and `skip` such calls have passed (Documentation/trace/kprobes.rst).
  * Writing a name to /sys/module/failing_calls/parameters/function begins that, writing nothing ends it.
  */
 #include <linux/kprobes.h>
