@@ -137,6 +137,24 @@ def locked_memory_is_counted() -> None:
 
 
 @check()
+def mappings_are_limited() -> None:
+    limit = Path("/sys/module/gpunvme/parameters/max_mappings")
+    before = limit.read_text()
+    with opened() as transport:
+        assert transport.info.max_mappings == int(before)
+        limit.write_text("2")
+        try:
+            held = [transport.allocate(4096) for _ in range(2)]
+            said = refusal(LockedMemoryError, transport.allocate, 4096)
+            assert str(limit) in said, said
+            held[0].close()
+            transport.allocate(4096)
+        finally:
+            limit.write_text(before)
+        transport.allocate(4096)
+
+
+@check()
 def one_opener_at_a_time() -> None:
     with opened():
         said = in_child(lambda: refusal(TransportError, KmodTransport, NODE))
