@@ -60,6 +60,10 @@ $(VENV)/device-compilers: $(VENV)/prepared tools/device-compilers
 demo: $(VENV)/built $(VENV)/demo-checkpoint  ## load a real checkpoint (90 MB, fetched once) and say how it was read
 	$(BIN)/gpunvme demo
 
+.PHONY: demo-svg
+demo-svg: $(VENV)/built $(VENV)/demo-checkpoint  ## docs/demo.svg anew, from a run of the demo on an idle machine
+	$(BIN)/python tools/demo-svg
+
 # --- testing
 
 test: native device-code pytest  ## all tests in their short form, the engine's also under sanitizers

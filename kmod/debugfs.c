@@ -64,16 +64,28 @@ static int mappings_show(struct seq_file *out, void *unused)
 }
 DEFINE_SHOW_ATTRIBUTE(mappings);
 
+/**
+ * gpunvme_debugfs_start() - make the folder of the module
+ *
+ * Nothing of debugfs can fail for the module: what is not there is not shown.
+ */
 void gpunvme_debugfs_start(void)
 {
 	root = debugfs_create_dir("gpunvme", NULL);
 }
 
+/**
+ * gpunvme_debugfs_end() - remove the folder of the module
+ */
 void gpunvme_debugfs_end(void)
 {
 	debugfs_remove_recursive(root);
 }
 
+/**
+ * gpunvme_debugfs_add() - show a function
+ * @owner: the function
+ */
 void gpunvme_debugfs_add(struct gpunvme *owner)
 {
 	owner->folder = debugfs_create_dir(pci_name(owner->pdev), root);
@@ -81,6 +93,10 @@ void gpunvme_debugfs_add(struct gpunvme *owner)
 	debugfs_create_file("mappings", 0400, owner->folder, owner, &mappings_fops);
 }
 
+/**
+ * gpunvme_debugfs_remove() - show it no longer; waits for whoever reads
+ * @owner: the function
+ */
 void gpunvme_debugfs_remove(struct gpunvme *owner)
 {
 	debugfs_remove_recursive(owner->folder);

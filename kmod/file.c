@@ -138,7 +138,8 @@ static long hand_out(struct gpunvme_opener *opener, struct gpunvme_mapping *mapp
 		error = -EFAULT;
 	kvfree(addresses);
 	if (!error)
-		error = xa_alloc(&opener->mappings, &mapping->handle, mapping, XA_LIMIT(1, INT_MAX), GFP_KERNEL_ACCOUNT);
+		error = xa_alloc(&opener->mappings, &mapping->handle, mapping, XA_LIMIT(1, INT_MAX),
+				 GFP_KERNEL_ACCOUNT);
 	if (!error && put_user(mapping->handle, &argument->handle)) {
 		xa_erase(&opener->mappings, mapping->handle);
 		error = -EFAULT;

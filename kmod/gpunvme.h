@@ -52,7 +52,7 @@ struct gpunvme_counts {
  * @name: in /proc/interrupts
  */
 struct gpunvme_vector_state {
-	spinlock_t lock;
+	spinlock_t lock; /* of @target */
 	struct eventfd_ctx *target;
 	int irq;
 	struct gpunvme_counts *counts;
@@ -74,6 +74,7 @@ struct gpunvme_vector_state {
  * @is_gone: the function was taken away; under @gate
  * @opener: who has it open, or NULL; changed under @gate, written
  * @vectors: how many interrupts were allocated
+ * @vector: where each of them goes
  * @counts: for debugfs
  * @folder: in debugfs
  */
@@ -108,7 +109,7 @@ struct gpunvme {
 struct gpunvme_opener {
 	struct gpunvme *owner;
 	struct mm_struct *mm;
-	struct mutex lock;
+	struct mutex lock; /* of @mappings and @count */
 	struct xarray mappings;
 	unsigned int count;
 	struct address_space *inode_mapping;

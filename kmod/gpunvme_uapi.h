@@ -39,9 +39,9 @@ struct gpunvme_info {
 };
 
 /* An IOMMU keeps the function to what is mapped; without one, opening takes CAP_SYS_RAWIO. */
-#define GPUNVME_INFO_IOMMU (1 << 0)
+#define GPUNVME_INFO_IOMMU 0x1
 /* The module can attach dma-bufs. */
-#define GPUNVME_INFO_DMABUF (1 << 1)
+#define GPUNVME_INFO_DMABUF 0x2
 
 /**
  * struct gpunvme_map - memory for the function
@@ -64,7 +64,7 @@ struct gpunvme_map {
 };
 
 /* The function may write there, too. */
-#define GPUNVME_MAP_WRITE (1 << 0)
+#define GPUNVME_MAP_WRITE 0x1
 
 /**
  * struct gpunvme_unmap - memory that the function does not use any more

@@ -14,6 +14,15 @@
 /* Pages that are pinned at once: so many pointers are one allocation of a page's size. */
 #define PINNED_AT_ONCE 512
 
+/**
+ * gpunvme_new_mapping() - a mapping of nothing yet
+ * @opener: whose
+ * @address: as the caller gave it
+ * @nbytes: its size
+ * @direction: what the function may do
+ *
+ * Return: the mapping, or -ENOMEM. gpunvme_unmap() frees it.
+ */
 struct gpunvme_mapping *gpunvme_new_mapping(struct gpunvme_opener *opener, u64 address, u64 nbytes,
 					    enum dma_data_direction direction)
 {

@@ -21,9 +21,10 @@
 
 /* include/uapi/linux/udmabuf.h, which is not installed everywhere. */
 struct udmabuf_create {
-	uint32_t memfd, flags;
-	uint64_t offset, size;
+	__u32 memfd, flags;
+	__u64 offset, size;
 };
+
 #define UDMABUF_CREATE _IOW('u', 0x42, struct udmabuf_create)
 
 #define PAGE 4096
@@ -47,12 +48,12 @@ static void skip(const char *what, const char *why)
 /* A controller with an admin queue. */
 struct drive {
 	int fd;
-	volatile uint32_t *bar;
+	volatile __u32 *bar;
 	size_t bar_nbytes;
-	uint64_t *sq, *cq; /* one page each */
+	__u64 *sq, *cq; /* one page each */
 	unsigned char *data;
-	uint64_t where[3]; /* their bus addresses */
-	uint32_t handle;
+	__u64 where[3]; /* their bus addresses */
+	__u32 handle;
 	unsigned int tail, head, phase;
 };
 
@@ -64,7 +65,7 @@ static double now(void)
 	return at.tv_sec + at.tv_nsec / 1e9;
 }
 
-static int map(int fd, int dmabuf, uint64_t address, uint64_t nbytes, uint64_t *addresses, uint32_t *handle)
+static int map(int fd, int dmabuf, __u64 address, __u64 nbytes, __u64 *addresses, __u32 *handle)
 {
 	struct gpunvme_map request = {
 		.size = sizeof(request),
@@ -80,7 +81,7 @@ static int map(int fd, int dmabuf, uint64_t address, uint64_t nbytes, uint64_t *
 	return result;
 }
 
-static int unmap(int fd, uint32_t handle)
+static int unmap(int fd, __u32 handle)
 {
 	struct gpunvme_unmap request = { .size = sizeof(request), .handle = handle };
 
@@ -116,14 +117,14 @@ static int start(struct drive *drive, const char *path)
 		return -1;
 	if (map(drive->fd, -1, (uintptr_t)memory, 3 * PAGE, drive->where, &drive->handle))
 		return -1;
-	drive->sq = (uint64_t *)memory;
-	drive->cq = (uint64_t *)(memory + PAGE);
+	drive->sq = (__u64 *)memory;
+	drive->cq = (__u64 *)(memory + PAGE);
 	drive->data = memory + 2 * PAGE;
 	drive->phase = 1;
 	drive->bar[0x24 / 4] = (ENTRIES - 1) << 16 | (ENTRIES - 1);
-	drive->bar[0x28 / 4] = (uint32_t)drive->where[0];
+	drive->bar[0x28 / 4] = (__u32)drive->where[0];
 	drive->bar[0x2c / 4] = drive->where[0] >> 32;
-	drive->bar[0x30 / 4] = (uint32_t)drive->where[1];
+	drive->bar[0x30 / 4] = (__u32)drive->where[1];
 	drive->bar[0x34 / 4] = drive->where[1] >> 32;
 	drive->bar[0x14 / 4] = 4 << 20 | 6 << 16 | 1;
 	return wait_ready(drive, 1);
@@ -137,16 +138,16 @@ static void stop(struct drive *drive)
 }
 
 /* Identify Controller into a page with this bus address; 0 if it succeeded. */
-static int identify(struct drive *drive, uint64_t page)
+static int identify(struct drive *drive, __u64 page)
 {
 	unsigned int stride = 4u << (drive->bar[1] & 15);
-	uint64_t *entry = drive->sq + 8 * drive->tail;
-	volatile uint64_t *answer = drive->cq + 2 * drive->head;
+	__u64 *entry = drive->sq + 8 * drive->tail;
+	volatile __u64 *answer = drive->cq + 2 * drive->head;
 	double until = now() + 10;
 	unsigned int word;
 
 	memset(entry, 0, 64);
-	entry[0] = 6 | (uint64_t)drive->tail << 16;
+	entry[0] = 6 | (__u64)drive->tail << 16;
 	entry[3] = page;
 	entry[5] = 1;
 	drive->tail = (drive->tail + 1) % ENTRIES;
@@ -168,13 +169,14 @@ static int identify(struct drive *drive, uint64_t page)
 
 static void test_wrong_calls(struct drive *drive)
 {
-	uint64_t addresses[4];
-	uint32_t handle;
+	__u64 addresses[4];
+	__u32 handle;
 
 	tell(map(drive->fd, -1, (uintptr_t)drive->data + 1, PAGE, addresses, &handle) && errno == EINVAL,
 	     "memory that does not begin at a page is refused");
-	tell(map(drive->fd, -1, PAGE, PAGE, addresses, &handle) && errno == EFAULT, "memory that is not there is refused");
-	tell(map(drive->fd, -1, (uintptr_t)drive->data, PAGE, (uint64_t *)1, &handle) && errno == EFAULT,
+	tell(map(drive->fd, -1, PAGE, PAGE, addresses, &handle) && errno == EFAULT,
+	     "memory that is not there is refused");
+	tell(map(drive->fd, -1, (uintptr_t)drive->data, PAGE, (__u64 *)1, &handle) && errno == EFAULT,
 	     "room for addresses that is not there is refused");
 	tell(map(drive->fd, STDOUT_FILENO, 0, PAGE, addresses, &handle) != 0, "what is no dma-buf is refused");
 	tell(unmap(drive->fd, 12345) && errno == ENOENT, "a handle that is not there is refused");
@@ -189,9 +191,9 @@ static void test_dmabuf(struct drive *drive)
 	struct udmabuf_create request = { .size = PAGE };
 	int device = open("/dev/udmabuf", O_RDWR | O_CLOEXEC);
 	unsigned char *memory;
-	uint64_t address;
-	uint32_t handle;
-	int fd;
+	__u64 address;
+	__u32 handle;
+	int fd, ok;
 
 	if (device < 0) {
 		skip(what, "there is no /dev/udmabuf (modprobe udmabuf)");
@@ -204,9 +206,9 @@ static void test_dmabuf(struct drive *drive)
 	}
 	memory = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, request.memfd, 0);
 	fd = ioctl(device, UDMABUF_CREATE, &request);
-	tell(fd >= 0 && map(drive->fd, fd, 0, PAGE, &address, &handle) == 0 && identify(drive, address) == 0 &&
-		     memcmp(memory, drive->data, PAGE) == 0 && unmap(drive->fd, handle) == 0,
-	     what);
+	ok = fd >= 0 && map(drive->fd, fd, 0, PAGE, &address, &handle) == 0;
+	ok = ok && identify(drive, address) == 0 && memcmp(memory, drive->data, PAGE) == 0;
+	tell(ok && unmap(drive->fd, handle) == 0, what);
 	close(fd);
 	close(device);
 	munmap(memory, PAGE);

@@ -1,9 +1,11 @@
-"""NVTX ranges on transfers, for Nsight Systems: with ``GPUNVME_NVTX=1`` and the package ``nvtx``."""
+"""NVTX ranges on transfers and queues, for Nsight Systems: with ``GPUNVME_NVTX=1`` and the package ``nvtx``."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 VARIABLE = "GPUNVME_NVTX"
@@ -11,7 +13,7 @@ DOMAIN = "gpunvme"
 
 
 class Ranges:
-    """Ranges from the start of a transfer to its end, in a domain of their own.
+    """Ranges from the start of something to its end, in a domain of their own.
 
     Parameters
     ----------
@@ -34,6 +36,15 @@ class Ranges:
         """Mark a moment: a transfer that was over before it had a name."""
         self._nvtx.mark(message=message, domain=DOMAIN)
 
+    @contextmanager
+    def during(self, message: str) -> Iterator[None]:
+        """A range around what one thread does, however that ends."""
+        handle = self.start(message)
+        try:
+            yield
+        finally:
+            self.end(handle)
+
 
 def load() -> Ranges | None:
     """Return what makes ranges if they are asked for and can be had.
@@ -51,3 +62,12 @@ def load() -> Ranges | None:
         warnings.warn(f"{VARIABLE} is set, but there is no package nvtx: pip install nvtx", RuntimeWarning, 2)
         return None
     return Ranges(nvtx)
+
+
+ranges: Ranges | None = load()
+"""What makes this process's ranges; None unless they are asked for."""
+
+
+def during(message: str) -> AbstractContextManager[None]:
+    """A range around what one thread does, or nothing where none are asked for."""
+    return nullcontext() if ranges is None else ranges.during(message)

@@ -28,7 +28,7 @@ _ranges: Any = None
 if os.environ.get("GPUNVME_NVTX"):
     from gpunvme import nvtx_ranges
 
-    _ranges = nvtx_ranges.load()
+    _ranges = nvtx_ranges.ranges
 
 # How often a waiting thread looks for Ctrl-C and calls a progress callback, in seconds.
 _TICK = 0.05

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 import emulated_gpu
+import fake_nvtx
 import gpunvme
 from gpunvme import nvme
 from gpunvme.gpu.driver import Gpu
@@ -858,3 +859,24 @@ def test_a_controller_of_short_queues_needs_no_telling() -> None:
             out = Buffer.empty(8192, GPU)
             queues.gather(range(16), out)
             assert (out.numpy().view(np.uint16) == np.arange(4096)).all()
+
+
+# --- NVTX
+
+
+def test_launches_have_ranges(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = fake_nvtx.use(monkeypatch)
+    with machine(data, timeout=few(0.3, 2.0), driver={"timeout": 0.3}) as m:
+        m.queues.stream(0, 8 * BLOCK, Buffer.empty(8 * BLOCK, GPU))
+        m.inject("drop#7")
+        m.queues.gather(some_lbas(m.namespace, 100, 1), Buffer.empty(100 * BLOCK, GPU))
+        assert m.queues.recoveries
+        placement = m.queues.placement
+    lasted = seen.lasted()
+    made = [each for each in lasted if "GPU queues made on soft:ram" in each]
+    assert made[-1].endswith(f"for cuda:0, placement {placement}"), lasted
+    launches = [each for each in lasted if f"commands by kernels on {GPU} over 2 queues of soft:ram" in each]
+    assert any(each.startswith("stream of ") for each in launches), lasted
+    assert sum(each.startswith("gather of 100 ") for each in launches) >= 2, lasted
+    assert ", launch " in launches[-1], lasted
+    assert any("lost on GPU queues of soft:ram" in each for each in lasted), lasted

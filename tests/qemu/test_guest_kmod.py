@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 from typing import TYPE_CHECKING
 
-import disks
 import guest
 import module
 import pytest
@@ -30,40 +31,47 @@ def test_sparse_finds_nothing(tmp_path: Path) -> None:
     assert not complaints
 
 
-def checks_on(kernel: str, folder: Path, *, loads: int) -> guest.Checks:
-    built, _ = module.build(kernel, folder / "kmod")
-    selftest = module.build_selftest(folder / "kmod")
-    return guest.run_checks(
-        ["kmod"],
-        folder,
-        devices=disks.with_slow,
-        kernel=kernel,
-        environment={"GUEST_MODULE": str(built), "GUEST_SELFTEST": str(selftest), "GUEST_LOADS": str(loads)},
-        timeout=600,
-    )
+def style(program: str) -> subprocess.CompletedProcess[str]:
+    """``make style`` with one program of a kernel's source; what is not named is left out."""
+    programs = {"CHECKPATCH": "", "KERNEL_DOC": "", **dict([program.split("=", 1)])}
+    command = ["make", "-s", "-C", str(module.SOURCE), "style", *(f"{name}={path}" for name, path in programs.items())]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_every_part_is_described() -> None:
+    """By the program that makes the kernel's own documents; newer headers do not have it."""
+    done = style(f"KERNEL_DOC={module.tree_of(guest.DEBIAN) / 'scripts/kernel-doc'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no kernel-doc here" not in done.stdout
+
+
+@pytest.mark.skipif("GPUNVME_CHECKPATCH" not in os.environ, reason="GPUNVME_CHECKPATCH names no checkpatch.pl")
+def test_style_is_the_kernels() -> None:
+    done = style(f"CHECKPATCH={os.environ['GPUNVME_CHECKPATCH']}")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def on_debian(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
-    return checks_on(guest.DEBIAN, tmp_path_factory.mktemp("old"), loads=100)
+    return module.checks_on(guest.DEBIAN, tmp_path_factory.mktemp("old"), loads=100)
 
 
 @pytest.fixture(scope="module")
 def on_new(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
     """A kernel that has udmabuf, whose memory stands for another device's."""
-    return checks_on(guest.NEW, tmp_path_factory.mktemp("new"), loads=100 if guest.LONG else 10)
+    return module.checks_on(guest.NEW, tmp_path_factory.mktemp("new"), loads=100 if guest.LONG else 10)
 
 
-@pytest.mark.parametrize(("program", "name"), guest.checks_of("kmod"))
+@pytest.mark.parametrize(("program", "name"), guest.checks_of(*module.PROGRAMS))
 def test_on_debian_12(on_debian: guest.Checks, program: str, name: str) -> None:
     on_debian.expect(program, name)
 
 
-@pytest.mark.parametrize(("program", "name"), guest.checks_of("kmod"))
+@pytest.mark.parametrize(("program", "name"), guest.checks_of(*module.PROGRAMS))
 def test_on_a_new_kernel(on_new: guest.Checks, program: str, name: str) -> None:
     on_new.expect(program, name)
 
 
 def test_dmabufs_were_there(on_new: guest.Checks) -> None:
     """The check of dma-bufs passes without one where the kernel has none: this one has."""
-    assert not on_new.expect("kmod", "data_goes_into_a_dmabuf_and_out_of_it").facts
+    assert not on_new.expect("kmod_dmabufs", "data_goes_into_a_dmabuf_and_out_of_it").facts

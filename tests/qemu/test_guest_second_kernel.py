@@ -1,9 +1,13 @@
-"""VFIO by iommufd, and without an IOMMU: on a second kernel, which Debian does not have; see `tools/guest-setup`."""
+"""On a second kernel, which Debian does not have; see `tools/guest-setup`: VFIO by iommufd and without an IOMMU.
+
+Where that kernel's headers are here, the kernel module, too: with KASAN, lockdep and whatever else it was built with.
+"""
 
 from __future__ import annotations
 
 import disks
 import guest
+import module
 import pytest
 
 pytestmark = pytest.mark.timeout(900)
@@ -56,3 +60,15 @@ def test_without_iommu(without_iommu: guest.Checks, program: str, name: str) -> 
 def test_nothing_faults_between_checks(by_iommufd: guest.Checks) -> None:
     expected = by_iommufd.expect("vfio_transport", "unmapped_memory_faults").dmesg.count("DMAR: [DMA")
     assert by_iommufd.report.dmesg.count("DMAR: [DMA") == expected
+
+
+@pytest.fixture(scope="module")
+def with_module(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
+    if not module.tree_of(guest.SECOND).exists():
+        pytest.skip("the second kernel's headers are not here")
+    return module.checks_on(guest.SECOND, tmp_path_factory.mktemp("module"), loads=100 if guest.LONG else 10)
+
+
+@pytest.mark.parametrize(("program", "name"), guest.checks_of(*module.PROGRAMS))
+def test_kernel_module(with_module: guest.Checks, program: str, name: str) -> None:
+    with_module.expect(program, name)

@@ -42,6 +42,9 @@ def test_smart_and_registers_are_shown(image, capfd):
     assert said["fields"]["CAP"]["mqes"] == 63
     assert said["fields"]["CAP"]["dstrd"] == 2
     assert said["fields"]["CSTS"]["rdy"] == 0  # looking did not start it
+    assert said["fields"]["CRTO"]["crwmt"] == said["fields"]["CAP"]["to"]
+    assert {"CMBLOC", "CMBSZ", "CRTO"} <= said["registers"].keys()
+    assert not {"PMRCAP", "BPINFO", "NSSR", "CMBMSC", "DOORBELLS"} & said["registers"].keys()
     assert main(["nvme", "regs", f"soft:{image}"]) == Exit.OK
     assert "CAP " in capfd.readouterr().out
     assert main(["nvme", "smart", f"soft:{image}"]) == Exit.OK

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -175,28 +174,58 @@ def test_the_command_writes_it_whole(
     assert main(["bench", "--report", str(tmp_path)]) == Exit.USAGE
 
 
-def test_a_browser_shows_it(html: str, tmp_path: Path) -> None:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium is installed: apt-get install chromium")
-    target, shot = tmp_path / "out.html", tmp_path / "shot.png"
-    target.write_text(html, encoding="utf-8")
-    quiet = shlex.split(
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --window-size=1120,9000"
-    )
-    command = [chromium, *quiet, f"--user-data-dir={tmp_path / 'profile'}"]
-    shown = subprocess.run(
-        [*command, "--dump-dom", target.as_uri()], capture_output=True, text=True, timeout=100, check=True
-    )
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+OPTIONS = """
+    --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync
+    --disable-component-update --disable-dev-shm-usage --hide-scrollbars --window-size=1120,9000 --enable-logging=stderr
+"""
+
+
+class Browser:
+    """A browser without a screen."""
+
+    def __init__(self, program: str, folder: Path) -> None:
+        self._command = [program, *OPTIONS.split(), f"--user-data-dir={folder / 'profile'}"]
+        self._folder = folder
+
+    def open(self, html: str, *options: str) -> subprocess.CompletedProcess[str]:
+        """Load a page as a person's double click does."""
+        target = self._folder / "out.html"
+        target.write_text(html, encoding="utf-8")
+        command = [*self._command, *options, target.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Browser:
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip("no Chromium is installed: apt-get install chromium-headless-shell")
+    return Browser(program, tmp_path)
+
+
+def complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a person would see in the browser's console: errors of scripts, and what was not found or not allowed."""
+    return [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+
+
+def test_a_browser_shows_it(html: str, browser: Browser, tmp_path: Path) -> None:
+    shown = browser.open(html, "--dump-dom")
     # The HTML parser of a browser sees what an XML parser sees: nothing has swallowed the rest of the page.
     assert shown.stdout.count("<svg") == html.count("<svg") > 3
     assert shown.stdout.count("<figcaption") == html.count("<figcaption")
     assert "What the words mean" in shown.stdout
-    subprocess.run([*command, f"--screenshot={shot}", target.as_uri()], capture_output=True, timeout=100, check=True)
+    assert not complaints(shown)
+    shot = tmp_path / "shot.png"
+    assert not complaints(browser.open(html, f"--screenshot={shot}"))
     import matplotlib.image
     import numpy as np
 
     pixels = matplotlib.image.imread(shot)[..., :3]
     blue = np.abs(pixels - np.array([0x1A, 0x66, 0xC2]) / 255).max(axis=-1) < 0.02
     assert blue.sum() > 2000, "the bars of gpunvme are not drawn"
+
+
+def test_a_browser_would_complain(html: str, browser: Browser) -> None:
+    broken = html.replace("</body>", "<script>nowhere.to_be_found()</script></body>")
+    assert "nowhere is not defined" in "".join(complaints(browser.open(broken, "--dump-dom")))

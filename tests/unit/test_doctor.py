@@ -218,6 +218,41 @@ def test_driver_without_uvm_names_the_module(tmp_path: Path) -> None:
     assert "modprobe nvidia-uvm" in found["CUDA"].fix
 
 
+def test_driver_that_is_all_there_and_does_not_work(tmp_path: Path) -> None:
+    files = {**DESKTOP, "/dev/nvidia0": "", "/dev/nvidia-uvm": ""}
+    found = look(tmp_path, files, probes(cuda="cuInit: the driver and the library differ"))
+    assert "nvidia-smi" in found["CUDA"].fix
+
+
+def test_kernel_before_io_uring(tmp_path: Path) -> None:
+    old = {**CLOUD, "/proc/sys/kernel/osrelease": "4.19.0-27-amd64"}
+    found = look(tmp_path, old, probes(io_uring="Function not implemented"))
+    assert (found["kernel"].level, found["io_uring"].level) == (Level.YELLOW, Level.YELLOW)
+    assert "boot Linux 5.15 or newer" in found["kernel"].fix
+    assert "boot Linux 5.15 or newer" in found["io_uring"].fix
+
+
+def test_huge_pages_that_nobody_gets(tmp_path: Path) -> None:
+    files = {**CLOUD, "/sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]"}
+    found = look(tmp_path, files, probes())
+    assert found["huge pages"].level is Level.YELLOW
+    assert found["huge pages"].commands == ("echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",)
+
+
+def test_rotating_drive(tmp_path: Path) -> None:
+    files = {
+        **CLOUD,
+        "/proc/self/mountinfo": "30 1 8:0 / / rw - ext4 /dev/sda rw",
+        "/sys/devices/pci0000:00/0000:00:17.0/block/sda/queue/rotational": "1",
+        "/sys/class/block/sda": "->../../devices/pci0000:00/0000:00:17.0/block/sda",
+        "/sys/dev/block/8:0": "->../../devices/pci0000:00/0000:00:17.0/block/sda",
+    }
+    found = look(tmp_path, files, probes())
+    assert found["file system"].level is Level.YELLOW
+    assert "rotating" in found["file system"].cost
+    assert "NVMe" in found["file system"].fix
+
+
 def test_drive_in_a_narrow_slot_says_what_it_costs(tmp_path: Path) -> None:
     narrow = pci("0000:02:00.0", node=-1, speed="8.0", max_speed="16.0", width=2, max_width="4")
     found = look(tmp_path, {**DESKTOP, **narrow}, probes(devices=RTX))

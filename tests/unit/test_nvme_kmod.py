@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from gpunvme.nvme import kmod
 from gpunvme.nvme import kmod_uapi as uapi
 from gpunvme.nvme.dma import DmaMemory
 from gpunvme.nvme.gpu_memory import GPU_PAGE, GpuTransport
+from gpunvme.nvme.vfio_group import LockedMemoryError
 
 HEADER = Path(__file__).resolve().parents[2] / "kmod" / "gpunvme_uapi.h"
 STRUCTURES = {"info": uapi.Info, "map": uapi.Map, "unmap": uapi.Unmap, "vector": uapi.Vector}
@@ -121,3 +123,11 @@ def test_gpu_memory_is_mapped_by_a_dma_buf_of_it(monkeypatch):
 
 def test_a_module_without_dma_bufs_maps_no_gpu_memory():
     assert _Module(uapi.INFO_IOMMU).gpu_access.kind == "none"
+
+
+@pytest.mark.parametrize("fd", [-1, 5])
+def test_too_many_mappings_are_told_from_too_much_memory(fd):
+    error = kmod._why_not_mapped(OSError(errno.ENOSPC, "No space left on device"), fd, 4096)
+    assert isinstance(error, LockedMemoryError)
+    assert "gpunvme/parameters/max_mappings" in str(error)
+    assert "max_mappings" not in str(kmod._why_not_mapped(OSError(errno.ENOMEM, "Cannot allocate"), -1, 4096))

@@ -24,6 +24,7 @@ ENUMS = [
     *(status.Status, status.StatusType, status.StatusFlag),
 ]
 BITS = [spec.Cap, spec.Version, spec.Cc, spec.Csts, spec.Aqa, spec.AsyncEvent]
+SHOWN = [spec.Bpinfo, spec.Cmbloc, spec.Cmbsz, spec.Cmbmsc, spec.Cmbsts, spec.Crto, spec.Pmrcap, spec.Pmrsts]
 STRUCTURES: list[type[Structure]] = [
     *(identify.IdentifyController, identify.PowerState, identify.IdentifyNamespace, identify.LbaFormat),
     *(logs.SmartLog, logs.ErrorLogEntry, logs.FirmwareSlotLog),
@@ -100,7 +101,7 @@ def prefixed(group: str) -> list[str]:
     return [prefix + name for name in names]
 
 
-@pytest.mark.parametrize("cls", BITS)
+@pytest.mark.parametrize("cls", [*BITS, *SHOWN])
 @given(value=st.integers(0, (1 << 64) - 1))
 def test_registers_survive_a_round_trip(cls: type[spec.Cap], value: int) -> None:
     decoded = cls.decode(value)
@@ -114,7 +115,27 @@ def test_a_register_field_that_does_not_fit_is_refused() -> None:
         spec.Cc(mps=16).encode()
 
 
+def test_a_field_without_a_default_must_be_said() -> None:
+    with pytest.raises(TypeError, match="mqes"):
+        spec.Cap()  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("cls", [*BITS, *SHOWN])
+def test_no_two_fields_of_a_register_overlap(cls: type[spec.Cap]) -> None:
+    taken = 0
+    for name, (low, width) in cls.BITS.items():
+        field = (1 << width) - 1 << low
+        assert not taken & field, name
+        taken |= field
+
+
 def test_what_registers_mean() -> None:
+    # What QEMU's controller with a buffer of 64 MiB says: in BAR2, everything supported, in units of 1 MiB.
+    size = spec.Cmbsz.decode(64 << 12 | 2 << 8 | 0b11111)
+    assert (size.nbytes, size.unit_bytes, size.rds, size.wds) == (64 << 20, 1 << 20, 1, 1)
+    assert spec.Cmbloc.decode(0xF4).bir == 4
+    assert spec.Cmbmsc.decode(0x1234_5003).cba == 0x12345
+    assert spec.Crto.decode(0x0002_0014) == spec.Crto(crwmt=20, crimt=2)
     cap = spec.Cap(mqes=1023, to=20, mpsmin=1, mpsmax=4, dstrd=2)
     assert (cap.queue_entries, cap.ready_timeout) == (1024, 10.0)
     assert (cap.page_bytes_min, cap.page_bytes_max) == (8192, 65536)

@@ -6,23 +6,22 @@ import json
 import sys
 import threading
 import time
-import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
+import fake_nvtx
 import files
 import gpunvme
 from files import MIB
-from gpunvme import totals, transfer
+from gpunvme import nvtx_ranges, totals
 from gpunvme.cli import main
 from gpunvme.cli.stats import summed
-from gpunvme.nvtx_ranges import Ranges, load
+from gpunvme.nvtx_ranges import load
 from gpunvme.transfer import Report, Transfer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -188,30 +187,14 @@ def test_sums_of_processes() -> None:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
-    """What a module like nvtx was asked for."""
-    calls: list[tuple[Any, ...]] = []
-    nvtx = types.ModuleType("nvtx")
-
-    def start_range(*, message: str, domain: str) -> object:
-        calls.append(("start", message, domain))
-        return len(calls)
-
-    vars(nvtx).update(
-        start_range=start_range,
-        end_range=lambda handle: calls.append(("end", handle)),
-        mark=lambda *, message, domain: calls.append(("mark", message, domain)),
-    )
-    monkeypatch.setitem(sys.modules, "nvtx", nvtx)
-    monkeypatch.setenv("GPUNVME_NVTX", "1")
-    monkeypatch.setattr(transfer, "_ranges", load())
-    assert isinstance(transfer._ranges, Ranges)
-    return calls
+def seen(monkeypatch: pytest.MonkeyPatch) -> fake_nvtx.Notes:
+    return fake_nvtx.use(monkeypatch)
 
 
-def test_a_range_lasts_as_long_as_its_transfer(seen: list[tuple[Any, ...]]) -> None:
+def test_a_range_lasts_as_long_as_its_transfer(seen: fake_nvtx.Notes) -> None:
     first, second = Transfer(Ended(REPORT), 1 << 20), Transfer(Ended(REPORT, gpunvme.Cancelled("x")), 5)
-    assert [call for call in seen if call[0] == "start"] == [
+    # Making the second may have found that the first has ended.
+    assert [call for call in seen.calls if call[0] == "start"] == [
         ("start", "transfer of 1.0 MiB", "gpunvme"),
         ("start", "transfer of 5 B", "gpunvme"),
     ]
@@ -219,15 +202,29 @@ def test_a_range_lasts_as_long_as_its_transfer(seen: list[tuple[Any, ...]]) -> N
         second.wait()
     first.wait()
     first.wait()
-    starts = [number for number, call in enumerate(seen, 1) if call[0] == "start"]
-    assert sorted(call[1] for call in seen if call[0] == "end") == starts
+    assert len(seen.lasted()) == 2
 
 
-def test_a_small_read_is_a_mark(seen: list[tuple[Any, ...]], tmp_path: Path) -> None:
+def test_a_small_read_is_a_mark(seen: fake_nvtx.Notes, tmp_path: Path) -> None:
     files.make(tmp_path / "file", 100)
     with gpunvme.open(tmp_path / "file") as file:
         file.read()
-    assert seen == [("mark", "transfer of 100 B by host", "gpunvme")] or [call[0] for call in seen] == ["start", "end"]
+    marked = [("mark", "transfer of 100 B by host", "gpunvme")]
+    assert seen.calls == marked or [call[0] for call in seen.calls] == ["start", "end"]
+
+
+def test_a_range_around_work_ends_with_it_whatever_happens(seen: fake_nvtx.Notes) -> None:
+    with nvtx_ranges.during("good"):
+        pass
+    with pytest.raises(KeyError), nvtx_ranges.during("bad"):
+        raise KeyError
+    assert seen.lasted() == ["good", "bad"]
+
+
+def test_nothing_is_made_of_ranges_that_nobody_wants() -> None:
+    assert nvtx_ranges.ranges is None
+    with nvtx_ranges.during("nothing"):
+        pass
 
 
 def test_nvtx_is_not_touched_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 // codes are in nvme_status.h, data structures in nvme_data.h; whoever includes this has all of it.
 //
 // Names and offsets are those of the NVM Express Base Specification 2.0, the NVM Command Set Specification 1.0 and the
-// NVMe over PCIe Transport Specification 1.0; src/gpunvme/nvme/spec.py says the same in Python, and a test compares the
+// NVMe over PCIe Transport Specification 1.0; src/gpunvme/nvme/spec says the same in Python, and a test compares the
 // two. Everything is little-endian, as are all machines that this builds for. Usable from CUDA device code.
 #pragma once
 

@@ -100,7 +100,7 @@ def smart(uri: Uri, json: Json = False) -> None:
 
 
 def regs(uri: Uri, json: Json = False) -> None:
-    """Show the registers as they read now; the controller is left as it is."""
+    """Show all registers (not the doorbells) as they read now; the controller is left as it is."""
     from gpunvme.nvme.registers import Registers
     from gpunvme.nvme.transport import connect
 
@@ -115,7 +115,7 @@ def regs(uri: Uri, json: Json = False) -> None:
     output.document({"registers": values, "fields": decoded})
     for name, value in values.items():
         fields = " ".join(f"{field}={number}" for field, number in decoded.get(name, {}).items())
-        output.line(f"{name:6} {value:#018x}  {fields}" if value >> 32 else f"{name:6}         {value:#010x}  {fields}")
+        output.line(f"{name:7} {value:#018x}  {fields}" if value >> 32 else f"{name:7}         {value:#010x}  {fields}")
 
 
 def read(

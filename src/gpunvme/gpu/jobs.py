@@ -7,11 +7,12 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpunvme import nvtx_ranges
 from gpunvme.errors import Cancelled, CommandError, CudaError, DeadlineExceeded, Error, Failed, NvmeError
 from gpunvme.gpu.driver import Gpu
 from gpunvme.nvme.movement import describe_failures
@@ -114,8 +115,8 @@ class KernelMovement:
         Its memory.
     launch
         Launches it, on its stream; with True for what an earlier launch has not settled.
-    opcode
-        Of its commands.
+    kernel, opcode
+        Its name, and the opcode of its commands.
     pieces, nbytes
         Commands and bytes in all.
     repeat
@@ -128,6 +129,7 @@ class KernelMovement:
         queues: Moves,
         room: Room,
         launch: Callable[[bool], None],
+        kernel: str,
         opcode: int,
         pieces: int,
         nbytes: int,
@@ -137,6 +139,7 @@ class KernelMovement:
         self._queues = queues
         self._room = room
         self._launch = launch
+        self._kernel = kernel
         self._opcode = opcode
         self._pieces = pieces
         self._nbytes = nbytes
@@ -149,6 +152,7 @@ class KernelMovement:
         self._failed: list[Failed] = []
         self._start = time.perf_counter()
         self._seconds = 0.0
+        self._range: Any = None  # of NVTX, from a launch to where its end is seen
 
     def repeat_lost(self) -> None:
         """Repeat lost commands even if nobody waits; for a stream in which nothing follows that needs the data."""
@@ -167,8 +171,19 @@ class KernelMovement:
     def begin(self) -> None:
         """Launch it for the first time."""
         self._start = time.perf_counter()
-        self._launches = 1
-        self._launch(False)
+        self._launch_once()
+
+    def _launch_once(self) -> None:
+        self._launches += 1
+        if nvtx_ranges.ranges is not None:
+            number = f", launch {self._launches}" if self._launches > 1 else ""
+            said = f"{self._kernel} of {self._pieces} commands by {self._queues.how}{number}"
+            self._range = nvtx_ranges.ranges.start(said)
+        try:
+            self._launch(self._launches > 1)
+        except BaseException:
+            self._end_range()
+            raise
 
     def wait(self, seconds: float) -> bool:
         """Wait at most so long for the end."""
@@ -197,6 +212,7 @@ class KernelMovement:
         return self._ended
 
     def _come_to_end(self) -> None:
+        self._end_range()
         commands, moved, failed = self._room.counted()
         self._commands += commands
         self._moved += moved
@@ -211,8 +227,7 @@ class KernelMovement:
                 (self._failed if each["fate"] == _SETTLED else lost).append(one)
         if self._moved + len(self._failed) < self._pieces and self._may_repeat():
             self._queues.recover()
-            self._launches += 1
-            self._launch(True)
+            self._launch_once()
             return
         if lost:
             self._queues.recover()
@@ -231,7 +246,13 @@ class KernelMovement:
         more = f"; {missing} more were not begun" if missing > 0 else ""
         return CommandError(f"{self._queues.name}: {describe_failures(every)}{more}", every)
 
+    def _end_range(self) -> None:
+        if nvtx_ranges.ranges is not None and self._range is not None:
+            nvtx_ranges.ranges.end(self._range)
+        self._range = None
+
     def _end(self, failure: Exception | None) -> None:
+        self._end_range()
         self._seconds = time.perf_counter() - self._start
         self._failure = failure
         self._queues.job_ended(self, self._room)

@@ -163,6 +163,7 @@ class Moves:
             self,
             room,
             lambda again: self._launch(work, room, again=again),
+            work.kernel,
             work.opcode,
             work.pieces,
             work.span.nbytes,

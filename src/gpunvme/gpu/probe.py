@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpunvme import nvtx_ranges
 from gpunvme.errors import CudaError, NvmeError, PathError
 from gpunvme.gpu.driver import Gpu
 from gpunvme.gpu.moves import Moves
@@ -74,7 +75,9 @@ class Probe:
         for name in names:
             ids = take_ids()
             try:
-                made = self._try(name, ids)
+                where = f"{self._namespace.name} for cuda:{self._gpu.index}, placement {name}"
+                with nvtx_ranges.during(f"{len(ids)} GPU queues made on {where}"):
+                    made = self._try(name, ids)
             except (NvmeError, CudaError, PathError) as error:
                 if name == "host":
                     raise

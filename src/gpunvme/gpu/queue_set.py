@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from gpunvme import nvtx_ranges
 from gpunvme.errors import CudaError, DeadlineExceeded, NvmeError
 from gpunvme.gpu.doorbells import GpuDoorbells
 from gpunvme.gpu.driver import Gpu
@@ -240,19 +241,24 @@ class QueueSet:
             if not stuck:
                 return
             self.recoveries += 1
-            controller.abort_all(stuck, epoch)
-            end = time.monotonic() + _ABORT_SECONDS
-            while self._stuck():
-                if time.monotonic() > end:
-                    controller.recover(epoch)
-                    return
-                # Completions that come when no kernel waits any more are taken by this one.
-                grid = len(self._queue_ids), 1, 1
-                with self.looking:
-                    self._check_not_ended()
-                    handle = [ctypes.c_uint64(self.handle)]
-                    self._gpu.launch(self._kernels["reap"], grid, (32, 1, 1), handle, self.stream)
-                time.sleep(0.005)
+            with nvtx_ranges.during(f"{len(stuck)} commands lost on GPU queues of {self._namespace.name}"):
+                self._bring_back(stuck, epoch)
+
+    def _bring_back(self, stuck: list[tuple[int, int]], epoch: int) -> None:
+        """Have commands aborted and take their completions; reset the controller if they do not come."""
+        self._controller.abort_all(stuck, epoch)
+        end = time.monotonic() + _ABORT_SECONDS
+        while self._stuck():
+            if time.monotonic() > end:
+                self._controller.recover(epoch)
+                return
+            # Completions that come when no kernel waits any more are taken by this one.
+            grid = len(self._queue_ids), 1, 1
+            with self.looking:
+                self._check_not_ended()
+                handle = [ctypes.c_uint64(self.handle)]
+                self._gpu.launch(self._kernels["reap"], grid, (32, 1, 1), handle, self.stream)
+            time.sleep(0.005)
 
     # --- made and left, as a controller's guest
 

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from gpunvme import _native
+from gpunvme import _native, nvtx_ranges
 from gpunvme.errors import ControllerError, DeadlineExceeded, NvmeError
 from gpunvme.memory import CPU, Buffer, Device, Span
 from gpunvme.nvme import spec
@@ -122,7 +122,8 @@ class Controller(AdminCommands):
         self._page_exponent = registers.cap.mpsmin
         self._doorbells = Doorbells(transport, registers.cap.dstrd, queues + 1)
         try:
-            self._bring_up()
+            with nvtx_ranges.during(f"{queues} queues made on {transport.uri}"):
+                self._bring_up()
         except BaseException:
             self._quiesce()
             raise
@@ -385,12 +386,13 @@ class Controller(AdminCommands):
             self.check_open()
             if epoch != self.epoch:
                 return
-            try:
-                self.registers.check_alive()
-                for queue_id, cid in stuck[: self.info.acl + 1]:
-                    self.abort(queue_id, cid, min(self._admin_timeout, self.timeout))
-            except (NvmeError, DeadlineExceeded):
-                pass  # a reset comes next
+            with nvtx_ranges.during(f"{len(stuck)} commands aborted on {self.transport.uri}"):
+                try:
+                    self.registers.check_alive()
+                    for queue_id, cid in stuck[: self.info.acl + 1]:
+                        self.abort(queue_id, cid, min(self._admin_timeout, self.timeout))
+                except (NvmeError, DeadlineExceeded):
+                    pass  # a reset comes next
 
     def recover(self, epoch: int) -> None:
         """Reset the controller, unless its queues are newer than ``epoch`` already.
@@ -403,7 +405,7 @@ class Controller(AdminCommands):
         with self._lock:
             self.check_open()
             if epoch == self.epoch:
-                self._reset_queues()
+                self.reset()
 
     def reset(self) -> None:
         """Reset the controller and make its queues anew. Transfers in flight repeat what was lost.
@@ -415,7 +417,8 @@ class Controller(AdminCommands):
         """
         with self._lock:
             self.check_open()
-            self._reset_queues()
+            with nvtx_ranges.during(f"reset of {self.transport.uri}"):
+                self._reset_queues()
 
     def _reset_queues(self) -> None:
         for guest in self._guests:

@@ -260,6 +260,11 @@ def _info(fd: int, uri: str) -> uapi.Info:
 
 
 def _why_not_mapped(error: OSError, fd: int, nbytes: int) -> TransportError:
+    if error.errno == errno.ENOSPC:
+        return LockedMemoryError(
+            f"{format_bytes(nbytes)} cannot be mapped for the device: too many separate mappings "
+            "(/sys/module/gpunvme/parameters/max_mappings)"
+        )
     if fd < 0:
         return mapping_error(error, nbytes)
     why = {

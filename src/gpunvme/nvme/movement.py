@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gpunvme import _native
+from gpunvme import _native, nvtx_ranges
 from gpunvme.errors import Cancelled, CommandError, DeadlineExceeded, Error, Failed, NvmeError, TransportError
 from gpunvme.memory import Span
 from gpunvme.nvme import spec, status
@@ -57,6 +57,8 @@ class NvmeMovement:
         self._seconds = 0.0
         self._not_mapped = ""
         self._written = opcode == spec.NvmOpcode.READ  # the controller writes to memory
+        self._opcode = opcode
+        self._range: Any = None  # of NVTX, while its commands are on queues
         queues, self._epoch = controller.queues_now()
         self._queues = len(queues)
         try:
@@ -132,6 +134,8 @@ class NvmeMovement:
     def seal(self) -> None:
         """Say that everything was added."""
         self._start = time.perf_counter()
+        if nvtx_ranges.ranges is not None:
+            self._range = nvtx_ranges.ranges.start(f"{_name(self._opcode)} {self._where()}")
         self._sealed = True
         if self._order.background:
             self._go_on_alone()
@@ -213,6 +217,8 @@ class NvmeMovement:
         for memory in self._memories:
             memory.close()
         self._memories.clear()
+        if nvtx_ranges.ranges is not None and self._range is not None:
+            nvtx_ranges.ranges.end(self._range)
         self._ended.set()
 
     def cancel(self) -> None:
@@ -241,11 +247,14 @@ class NvmeMovement:
         moved = counted["mapped_bytes"] + bounced
         return Report(self.path_name, self._reason(counted), seconds, direct_bytes=moved, bounced_bytes=bounced)
 
+    def _where(self) -> str:
+        queues = f"{self._queues} queue" + ("s" if self._queues != 1 else "")
+        return f"over {queues} of {self._controller.transport.uri}"
+
     def _reason(self, counted: _native.IoRunCounts) -> str:
         if not counted["commands"]:
             return "nothing was moved"
-        queues = f"{self._queues} queue" + ("s" if self._queues != 1 else "")
-        said = [f"{counted['commands']} commands over {queues} of {self._controller.transport.uri}"]
+        said = [f"{counted['commands']} commands {self._where()}"]
         if counted["bounced_host_bytes"]:
             why = f" ({self._not_mapped})" if self._not_mapped else " (not aligned to 4 bytes)"
             said.append(f"{format_bytes(counted['bounced_host_bytes'])} through memory of the driver's own{why}")
@@ -264,9 +273,12 @@ def describe_failures(failures: Sequence[Failed]) -> str:
     return f"{len(failures)} command{'s' if len(failures) != 1 else ''} failed: {said}{more}"
 
 
+def _name(opcode: int) -> str:
+    return _OPCODES.get(opcode, f"command {opcode:02X}h")
+
+
 def _describe(failed: Failed) -> str:
-    name = _OPCODES.get(failed.opcode, f"command {failed.opcode:02X}h")
-    where = f"{name} of {failed.blocks} blocks at LBA {failed.lba}"
+    where = f"{_name(failed.opcode)} of {failed.blocks} blocks at LBA {failed.lba}"
     fates = {"timeout": "was never answered", "lost": "was lost in a reset"}
     what = fates.get(failed.kind) or status.describe(failed.status)
     return f"{where} (queue {failed.queue_id}, CID {failed.cid}): {what}"

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gpunvme.errors import ControllerError, DeviceGoneError
 from gpunvme.nvme import spec
+from gpunvme.nvme.spec.bit_fields import BitFields
 
 if TYPE_CHECKING:
     from gpunvme.nvme.transport import Transport
 
 # How long a shutdown may take where the controller names no time of its own (RTD3E), in seconds.
 _SHUTDOWN_SECONDS = 5.0
+_WIDE = {spec.Register[name] for name in ("CAP", "ASQ", "ACQ", "BPMBL", "CMBMSC")}  # 8 bytes
+# What the bits of registers are called.
+_FIELDS: dict[str, type[BitFields]] = {
+    "CAP": spec.Cap,
+    "VS": spec.Version,
+    "CC": spec.Cc,
+    "CSTS": spec.Csts,
+    "AQA": spec.Aqa,
+    "CRTO": spec.Crto,
+    "CMBLOC": spec.Cmbloc,
+    "CMBSZ": spec.Cmbsz,
+    "CMBMSC": spec.Cmbmsc,
+    "CMBSTS": spec.Cmbsts,
+    "BPINFO": spec.Bpinfo,
+    "PMRCAP": spec.Pmrcap,
+    "PMRSTS": spec.Pmrsts,
+}
 
 
 def check_alive(csts: int, what: str) -> None:
@@ -60,18 +78,32 @@ class Registers:
         return self._read32(spec.Register.CC)
 
     def dump(self) -> dict[str, int]:
-        """Every register that a controller of any version has, by name."""
-        wide = {spec.Register.CAP, spec.Register.ASQ, spec.Register.ACQ}
-        names = ("CAP", "VS", "INTMS", "INTMC", "CC", "CSTS", "AQA", "ASQ", "ACQ")
-        registers = [spec.Register[name] for name in names]
-        return {each.name: self._read64(each) if each in wide else self._read32(each) for each in registers}
+        """Every register that this controller has, by name, as it reads now.
+
+        Doorbells are left out: what reading them returns is the vendor's choice (NVMe over PCIe 1.0, 3.1.2).
+        """
+        return {each.name: self._read64(each) if each in _WIDE else self._read32(each) for each in self._present()}
+
+    def _present(self) -> list[spec.Register]:
+        """Registers that a controller of this version and with these capabilities has, in BAR0's order."""
+        cap, register = self.cap, spec.Register
+        optional = {
+            (register.NSSR,): cap.nssrs,
+            (register.CMBLOC, register.CMBSZ): (self.vs.mjr, self.vs.mnr) >= (1, 2),  # reserved before
+            (register.BPINFO, register.BPRSEL, register.BPMBL): cap.bps,
+            (register.CMBMSC, register.CMBSTS, register.CMBEBS, register.CMBSWTP): cap.cmbs,
+            (register.NSSD,): cap.nsss,
+            (register.CRTO,): cap.crms,
+            tuple(each for each in register if each.name.startswith("PMR")): cap.pmrs,
+        }
+        absent = {each for group, has in optional.items() if not has for each in group}
+        return [each for each in register if each not in absent and each != register.DOORBELLS]
 
     def decoded(self) -> dict[str, dict[str, int]]:
         """Fields of those registers that have any."""
-        kinds: dict[str, type[spec.Cap | spec.Version | spec.Cc | spec.Csts | spec.Aqa]]
-        kinds = {"CAP": spec.Cap, "VS": spec.Version, "CC": spec.Cc, "CSTS": spec.Csts, "AQA": spec.Aqa}
         values = self.dump()
-        return {name: asdict(kind.decode(values[name])) for name, kind in kinds.items()}
+        read = {name: kind.decode(values[name]) for name, kind in _FIELDS.items() if name in values}
+        return {name: {field: getattr(value, field) for field in value.BITS} for name, value in read.items()}
 
     def check_alive(self) -> None:
         """Raise `DeviceGoneError` or `ControllerError` if the controller is gone or has failed."""

@@ -27,7 +27,9 @@ SHARE = Path("/run/share")
 # "DMAR: [DMA Write NO_PASID] Request device [00:08.0] fault addr 0x…", or the summary where many came at once.
 FAULT = re.compile(r"DMAR: \[(DMA|INTR)|DMAR:.*fault addr|AMD-Vi: Event logged|DMAR: DRHD: handling fault")
 # What no check of ours may cause in the kernel.
-TROUBLE = re.compile(r"BUG:|Oops|WARNING: CPU|general protection|Kernel panic|blocked for more than|nvme.*timeout")
+TROUBLE = re.compile(
+    r"BUG[: ]|WARNING: |UBSAN|DMA-API: |Oops|general protection|Kernel panic|blocked for more than|nvme.*timeout"
+)
 
 
 @dataclass(frozen=True)
