@@ -336,8 +336,9 @@ def test_cufile_json_that_the_environment_names(tmp_path: Path) -> None:
 
 
 def test_module_version_is_the_one_that_the_module_says() -> None:
-    source = (Path(__file__).parents[2] / "kmod/driver.c").read_text()
-    assert f'MODULE_VERSION("{kmod_uapi.VERSION}")' in source
+    kmod = Path(__file__).parents[2] / "kmod"
+    assert "MODULE_VERSION(__stringify(GPUNVME_UAPI_VERSION))" in (kmod / "driver.c").read_text()
+    assert f"#define GPUNVME_UAPI_VERSION {kmod_uapi.VERSION}\n" in (kmod / "gpunvme_uapi.h").read_text()
 
 
 @pytest.mark.parametrize("check", [lambda found: found["PCIe path"], lambda found: found["P2PDMA"]])
