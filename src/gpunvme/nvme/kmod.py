@@ -249,8 +249,8 @@ def _why_not_opened(error: OSError, path: str, machine: Machine) -> str:
         users = ", ".join(find_users([path], machine))
         return f"{users or 'another process'} drives it, or a child that inherited it: end that first"
     return {
-        errno.EACCES: f"no permission. As root: chown {os.getuid()} {path}; or for good, contrib/60-gpunvme.rules and the "
-        "group nvme",
+        errno.EACCES: f"no permission. As root: chown {os.getuid()} {path}; or for good, contrib/60-gpunvme.rules and "
+        "the group nvme",
         errno.EPERM: "no IOMMU keeps the controller to what is mapped for it. Switch it on (firmware: VT-d or AMD-Vi; "
         "kernel: intel_iommu=on, and no iommu=pt), or be root (CAP_SYS_RAWIO)",
         errno.ENODEV: "the controller does not answer, or was taken away: gpunvme nvme list shows who has it",

@@ -91,9 +91,7 @@ def module_state(machine: Machine) -> ModuleState:
 
 
 def _installed(release: str, machine: Machine) -> str:
-    names = (
-        f"/lib/modules/{release}/{place}/{NAME}.ko{suffix}" for place in _PLACES for suffix in _SUFFIXES
-    )
+    names = (f"/lib/modules/{release}/{place}/{NAME}.ko{suffix}" for place in _PLACES for suffix in _SUFFIXES)
     return next((name for name in names if machine.exists(name)), "")
 
 
