@@ -1,7 +1,7 @@
 """gpunvme-dkms_*.deb, the udev rule and the systemd unit: made, looked into, and their commands tried.
 
-Whoever installs the package gets a module for the next kernel too, and gets rid of all of it again; a rule or a unit with
-a wrong name in it is found at the next boot, without a word.
+Whoever installs the package gets a module for the next kernel too, and gets rid of all of it again; a rule or a unit
+with a wrong name in it is found at the next boot, without a word.
 """
 
 from __future__ import annotations
