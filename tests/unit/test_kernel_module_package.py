@@ -114,15 +114,20 @@ def test_package_is_the_same_bit_by_bit(package: Path, tmp_path: Path) -> None:
 def test_versions_that_are_not_final_come_before_it(tmp_path: Path) -> None:
     """0.2.0rc1 would be taken for newer than 0.2.0, and the release never be installed."""
     (tmp_path / "tools").mkdir()
-    for name in ("kmod", "contrib", "LICENSE"):
+    for name in ("contrib", "LICENSE"):
         (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "kmod", tmp_path / "kmod")
+    for name in ("gpunvme.mod.c", "gpunvme.o", "gpunvme.ko"):  # of a build in place
+        (tmp_path / "kmod" / name).touch()
     tool = shutil.copy(TOOL, tmp_path / "tools")
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "0.2.0rc1"\n')
     assert run(tool, "version").strip() == "0.2.0rc1"
     if shutil.which("dpkg-deb"):
         made = run(tool, "deb", tmp_path, SOURCE_DATE_EPOCH="0").strip()
         assert made.endswith("/gpunvme-dkms_0.2.0~rc1_all.deb")
-        assert "/usr/src/gpunvme-0.2.0rc1/dkms.conf" in run("dpkg-deb", "--contents", made)
+        contents = run("dpkg-deb", "--contents", made)
+        assert "/usr/src/gpunvme-0.2.0rc1/dkms.conf" in contents
+        assert not re.search(r"\.(mod\.c|o|ko)$", contents, re.MULTILINE)
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     assert "names no version" in run(tool, "version", status=1)
 
