@@ -170,17 +170,19 @@ def test_a_module_of_another_version_gets_no_drive(tmp_path: Path, loaded_alread
     [
         ("modprobe vfio_pci: modprobe: FATAL: Module vfio-pci not found", f"linux-modules-extra-{RELEASE}"),
         ("modprobe vfio_pci: Operation not permitted", "takes root"),
+        ("modprobe no_such: modprobe: FATAL: Module no_such not found", "Drivers for user space are vfio-pci"),
     ],
 )
-def test_a_kernel_without_vfio_says_which_to_boot(tmp_path: Path, said: str, words: str) -> None:
+def test_a_kernel_without_the_driver_says_what_to_do(tmp_path: Path, said: str, words: str) -> None:
     simple(tmp_path).file("/proc/sys/kernel/osrelease", RELEASE)
+    driver = "no-such" if "no_such" in said else "vfio-pci"
 
     class Refusing(Kernel):
         def load_module(self, module: str) -> str:
             return said
 
-    with pytest.raises(TransportError, match="there is no driver vfio-pci") as caught:
-        bind(BDF, machine=Refusing(tmp_path))
+    with pytest.raises(TransportError, match=f"there is no driver {driver}") as caught:
+        bind(BDF, driver, timeout=0.1, machine=Refusing(tmp_path))
     assert words in str(caught.value)
 
 
@@ -188,3 +190,18 @@ def test_what_is_loaded_is_told(tmp_path: Path) -> None:
     files: Files = {**USUAL, "/sys/module/gpunvme/version": "1"}
     state = module_state(machine(tmp_path, files))
     assert (state.loaded, state.fits, state.headers, state.others) == (True, True, True, ())
+
+
+@pytest.mark.parametrize(
+    ("release", "old"),
+    [("6.1.0-50-amd64", False), ("6.0.19", True), ("7.0.1", False), ("5.15.0", True), ("odd", False)],
+)
+def test_which_kernels_are_too_old(tmp_path: Path, release: str, old: bool) -> None:
+    assert module_state(machine(tmp_path, {"/proc/sys/kernel/osrelease": release})).too_old is old
+
+
+def test_other_kernels_are_others(tmp_path: Path) -> None:
+    """Otherwise a person with the module for this very kernel is sent to another one."""
+    other = f"/lib/modules/{OTHER}/updates/dkms/gpunvme.ko"
+    state = module_state(machine(tmp_path, {**USUAL, BUILT: "", other: ""}))
+    assert (state.installed, state.others) == (BUILT, (OTHER,))

@@ -81,7 +81,7 @@ def test_each_refusal_to_open_says_what_to_do(tmp_path):
     assert "the module holds no drive. Then, as root: gpunvme nvme bind BDF" in why(errno.ENOENT)
     tree.file("/sys/class/gpunvme/gpunvme3/dev", "240:3")
     assert "the module holds /dev/gpunvme3" in why(errno.ENOENT)
-    assert "process 5 (trainer) drives it" in why(errno.EBUSY)
+    assert why(errno.EBUSY) == "another process drives it: end process 5 (trainer) first"
     assert "contrib/60-gpunvme.rules and the group nvme" in why(errno.EACCES)
     assert "intel_iommu=on, and no iommu=pt" in why(errno.EPERM)
     assert "gpunvme nvme list" in why(errno.ENODEV)

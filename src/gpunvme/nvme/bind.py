@@ -190,6 +190,8 @@ def _way_out(driver: str, said: str, machine: Machine) -> str:
         return why_not_loaded(module_state(machine), said)
     if "not permitted" in said:
         return "Loading a module takes root (CAP_SYS_MODULE); in a container, run this on the host"
+    if not driver.startswith("vfio"):
+        return f"Drivers for user space are vfio-pci, its variants, and {OWN_DRIVER}"
     release = machine.read("/proc/sys/kernel/osrelease") or "unknown"
     return (
         f"This kernel ({release}) may be without it: boot one with CONFIG_VFIO_PCI (Ubuntu: sudo apt install "

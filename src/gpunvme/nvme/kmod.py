@@ -246,8 +246,8 @@ def _why_not_opened(error: OSError, path: str, machine: Machine) -> str:
         why = f"the module holds {there or 'no drive'}" if state.loaded else why_not_loaded(state)
         return f"it is not there: {why}. Then, as root: gpunvme nvme bind BDF --driver gpunvme (docs/install.md)"
     if error.errno == errno.EBUSY:
-        users = ", ".join(find_users([path], machine))
-        return f"{users or 'another process'} drives it, or a child that inherited it: end that first"
+        users = ", ".join(find_users([path], machine)) or "it, or the child that inherited the file,"
+        return f"another process drives it: end {users} first"
     return {
         errno.EACCES: f"no permission. As root: chown {os.getuid()} {path}; or for good, contrib/60-gpunvme.rules and "
         "the group nvme",
