@@ -79,6 +79,11 @@ CASES: dict[str, tuple[Files, str, tuple[str, ...]]] = {
     "rejected, nothing says why": ({BUILT: "", KEY: ""}, REJECTED, ("signed by a key that it trusts", "mokutil")),
     "locked down": ({BUILT: "", modules.LOCKDOWN: LOCKED, KEY: ""}, FORBIDDEN, ("locked down", "mokutil")),
     "not asked, but locked": ({BUILT: "", modules.LOCKDOWN: LOCKED, KEY: ""}, "", ("locked down", "mokutil")),
+    "signatures enforced": (
+        {BUILT: "", modules.SIGNATURES: "Y", KEY: ""},
+        REJECTED,
+        ("module.sig_enforce", f"mokutil --import {KEY}", "or start the kernel without it"),
+    ),
     "no right": ({BUILT: ""}, FORBIDDEN, ("takes root (CAP_SYS_MODULE)", "on the host")),
     "another kernel's file": (
         {BUILT: ""},
@@ -170,7 +175,7 @@ def test_a_module_of_another_version_gets_no_drive(tmp_path: Path, loaded_alread
     [
         ("modprobe vfio_pci: modprobe: FATAL: Module vfio-pci not found", f"linux-modules-extra-{RELEASE}"),
         ("modprobe vfio_pci: Operation not permitted", "takes root"),
-        ("modprobe no_such: modprobe: FATAL: Module no_such not found", "Drivers for user space are vfio-pci"),
+        ("modprobe no_such: modprobe: FATAL: Module no_such not found", "drivers for user space are vfio-pci"),
     ],
 )
 def test_a_kernel_without_the_driver_says_what_to_do(tmp_path: Path, said: str, words: str) -> None:

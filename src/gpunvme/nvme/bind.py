@@ -172,7 +172,7 @@ def _need_driver(driver: str, timeout: float, machine: Machine) -> None:
         return
     why = machine.load_module(driver.replace("-", "_"))
     if not _waited(lambda: machine.exists(where), 0 if why else timeout):
-        raise TransportError(f"there is no driver {driver}: {why or 'see dmesg'}. {_way_out(driver, why, machine)}")
+        raise TransportError(f"there is no driver {driver}: {why or 'see dmesg'}; {_way_out(driver, why, machine)}")
     _check_version(driver, machine)
 
 
@@ -189,12 +189,12 @@ def _way_out(driver: str, said: str, machine: Machine) -> str:
     if driver == OWN_DRIVER:
         return why_not_loaded(module_state(machine), said)
     if "not permitted" in said:
-        return "Loading a module takes root (CAP_SYS_MODULE); in a container, run this on the host"
+        return "loading a module takes root (CAP_SYS_MODULE); in a container, run this on the host"
     if not driver.startswith("vfio"):
-        return f"Drivers for user space are vfio-pci, its variants, and {OWN_DRIVER}"
+        return f"drivers for user space are vfio-pci, its variants, and {OWN_DRIVER}"
     release = machine.read("/proc/sys/kernel/osrelease") or "unknown"
     return (
-        f"This kernel ({release}) may be without it: boot one with CONFIG_VFIO_PCI (Ubuntu: sudo apt install "
+        f"this kernel ({release}) may be without it: boot one with CONFIG_VFIO_PCI (Ubuntu: sudo apt install "
         f"linux-modules-extra-{release}); in a container, run this on the host"
     )
 

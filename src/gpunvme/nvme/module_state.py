@@ -135,7 +135,8 @@ def why_not_loaded(state: ModuleState, said: str = "") -> str:
             way = f"sudo mokutil --import {state.key}, reboot, and enrol the key in the blue screen before the kernel"
         else:
             way = f"let DKMS build and sign it ({_BY_DKMS}), then enrol its key by mokutil --import"
-        return f"{why}: {way}; or switch Secure Boot off in the firmware"
+        off = "start the kernel without it" if "sig_enforce" in why else "switch Secure Boot off in the firmware"
+        return f"{why}: {way}; or {off}"
     if "not permitted" in said:
         return "loading it takes root (CAP_SYS_MODULE); in a container, load it on the host: sudo modprobe gpunvme"
     if re.search(r"Exec format error|Invalid module format|disagrees about version|Unknown symbol", said):
