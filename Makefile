@@ -18,7 +18,7 @@ KERNELS := $(wildcard src/gpunvme/gpu/kernels/*.cu*)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all pytest native native-plain native-asan native-tsan lint format docs wheel clean
+.PHONY: help setup demo test test-all pytest native native-plain native-asan native-tsan lint format docs wheel deb clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 12
@@ -119,6 +119,9 @@ docs: $(VENV)/docs-with  ## the documentation as a site, in build/site; a link t
 wheel: $(VENV)/prepared  ## dist/*.whl
 	@rm -f dist/*.whl
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+deb:  ## dist/gpunvme-dkms_*.deb: the kernel module by DKMS, a udev rule, a systemd unit; needs dpkg-deb
+	tools/kernel-module-package deb dist
 
 clean:  ## remove everything that was built, the environment too
 	rm -rf build dist $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -223,4 +223,4 @@ module_exit(gpunvme_exit);
 MODULE_LICENSE("GPL");
 MODULE_AUTHOR("gpunvme developers");
 MODULE_DESCRIPTION("An NVMe function for one user-space process, with user memory and dma-bufs mapped for it");
-MODULE_VERSION("1");
+MODULE_VERSION(__stringify(GPUNVME_UAPI_VERSION));

@@ -242,6 +242,7 @@ def without(files: dict[str, str | bytes], *names: str) -> dict[str, str | bytes
     return {path: text for path, text in files.items() if not path.startswith(names)}
 
 
+LIB = "/lib/modules"
 ABSENT: dict[str, tuple[str, str, str]] = {
     "headers": ("/lib/modules/6.11.0-9-generic/build", "kernel module", "headers"),
     "modules": ("/lib/modules", "kernel module", "headers"),
@@ -253,6 +254,56 @@ ABSENT: dict[str, tuple[str, str, str]] = {
     "huge pages": ("/sys/kernel/mm", "huge pages", "unknown"),
     "nodes": ("/sys/devices/system", "NUMA", "unknown"),
 }
+
+
+OURS = f"{LIB}/6.11.0-9-generic/updates/dkms/gpunvme.ko"
+THEIRS = f"{LIB}/6.8.0-40-generic/updates/dkms/gpunvme.ko.zst"
+ON = b"\x06\0\0\0\x01"
+# The module is not loaded: what else is there, what the line says, and what its commands have.
+MODULE: dict[str, tuple[dict[str, str | bytes], str, str]] = {
+    "installed": ({OURS: ""}, "gpunvme.ko is not loaded", "sudo modprobe gpunvme"),
+    "installed, Secure Boot": (
+        {OURS: "", machines.SECURE_BOOT: ON, "/var/lib/shim-signed/mok/MOK.der": ""},
+        "Secure Boot takes only signed modules",
+        "mokutil --import /var/lib/shim-signed/mok/MOK.der",
+    ),
+    "installed, locked down": (
+        {OURS: "", "/sys/kernel/security/lockdown": "none [integrity] confidentiality"},
+        "locked down (integrity)",
+        "mokutil --import /var/lib/dkms/mok.pub",
+    ),
+    "installed, Secure Boot without lockdown": (
+        {OURS: "", machines.SECURE_BOOT: ON, "/sys/kernel/security/lockdown": "[none] integrity"},
+        "gpunvme.ko is not loaded",
+        "sudo modprobe gpunvme",
+    ),
+    "not built, signatures enforced": (
+        {"/sys/module/module/parameters/sig_enforce": "Y"},
+        "module.sig_enforce",
+        "make deb",
+    ),
+    "built for another kernel": (
+        {THEIRS: ""},
+        "is built for 6.8.0-40-generic, and this is 6.11.0-9-generic",
+        "dkms autoinstall -k 6.11.0-9-generic",
+    ),
+    "nothing": ({}, "gpunvme.ko is not loaded", "make deb && sudo apt install ./dist/gpunvme-dkms_*.deb"),
+}
+
+
+@pytest.mark.parametrize("name", MODULE)
+def test_module_that_is_not_loaded_says_what_is_in_the_way(tmp_path: Path, name: str) -> None:
+    change, words, command = MODULE[name]
+    (finding,) = look(tmp_path, {**SERVER, **change})["kernel module"]
+    assert finding.level is YELLOW
+    assert words in finding.fact
+    assert command in "\n".join(finding.commands)
+
+
+def test_module_on_a_kernel_that_it_cannot_be_built_for(tmp_path: Path) -> None:
+    (finding,) = look(tmp_path, {**SERVER, "/proc/sys/kernel/osrelease": "5.15.0-100-generic"})["kernel module"]
+    assert "5.15.0-100-generic is too old" in finding.fact
+    assert "6.1" in finding.fix
 
 
 @pytest.mark.parametrize("name", ABSENT)
@@ -336,8 +387,9 @@ def test_cufile_json_that_the_environment_names(tmp_path: Path) -> None:
 
 
 def test_module_version_is_the_one_that_the_module_says() -> None:
-    source = (Path(__file__).parents[2] / "kmod/driver.c").read_text()
-    assert f'MODULE_VERSION("{kmod_uapi.VERSION}")' in source
+    kmod = Path(__file__).parents[2] / "kmod"
+    assert "MODULE_VERSION(__stringify(GPUNVME_UAPI_VERSION))" in (kmod / "driver.c").read_text()
+    assert f"#define GPUNVME_UAPI_VERSION {kmod_uapi.VERSION}\n" in (kmod / "gpunvme_uapi.h").read_text()
 
 
 @pytest.mark.parametrize("check", [lambda found: found["PCIe path"], lambda found: found["P2PDMA"]])

@@ -208,6 +208,7 @@ def test_io_uring_refused_by_the_system(place: Path) -> None:
         pytest.skip(f"O_DIRECT does not work here: {done}")
     assert done.startswith(f"{SIZE} 12.0 MiB O_DIRECT by threads (io_uring_setup was refused: Operation not permitted)")
     assert "by threads (io_uring_setup was refused: Operation not permitted)" in explained
+    assert "`gpunvme doctor` says who refuses it" in explained
 
 
 def test_the_bytes_are_on_the_drive_after_fsync(tmp_path: Path) -> None:

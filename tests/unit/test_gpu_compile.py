@@ -131,7 +131,7 @@ def test_compiled_kernels_are_taken_if_they_fit_the_gpu_and_are_not_older_than_t
         package.write_bytes(content)
         os.utime(package, (seconds, seconds))
         compiled.clear()
-        shutil.rmtree(module._cache_directory(), ignore_errors=True)
+        shutil.rmtree(module.cubin_directory(), ignore_errors=True)
         gpu = Unloadable()
         module.own_kernels(gpu)
         assert len(compiled) == compiles

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from gpunvme.cli import nvme_devices
 from gpunvme.errors import TransportError, UnsafeDeviceError
 from gpunvme.nvme import bind as binding
+from gpunvme.nvme import sysfs
 from gpunvme.nvme.bind import bind, unbind
 from nvme_machine import BDF, MIB, Kernel, Tree, simple
 
@@ -266,3 +268,21 @@ def test_users_are_found_by_device_number(tmp_path: Path) -> None:
     tree.folder("/dev/vfio")
     tree.path("/dev/vfio/12").symlink_to("/dev/null")
     assert binding.find_users(["/dev/vfio/12", "/dev/vfio/13"], Kernel(tmp_path)) == ["process 5 (trainer)"]
+
+
+@pytest.mark.parametrize(
+    ("driver", "words"),
+    [("vfio-pci", f"open it as pci:{BDF}"), ("gpunvme", "open it as kmod:/dev/gpunvme3")],
+)
+def test_bind_says_how_to_open_what_it_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], driver: str, words: str
+) -> None:
+    # Who opens a controller of our module by the address that VFIO wants is told that it is not bound.
+    tree = simple(tmp_path)
+    if driver == "gpunvme":
+        tree.folder(f"{WHERE}/gpunvme/gpunvme3")
+        tree.file("/dev/gpunvme3", "")
+    monkeypatch.setattr(binding, "bind", lambda *_, **__: binding.Change(BDF, "nvme", driver, ("nvme0n1",)))
+    monkeypatch.setattr(sysfs, "Machine", lambda: Kernel(tmp_path))
+    nvme_devices.bind(BDF, driver)
+    assert words in capsys.readouterr().out

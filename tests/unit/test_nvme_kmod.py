@@ -19,7 +19,9 @@ from gpunvme.nvme import kmod
 from gpunvme.nvme import kmod_uapi as uapi
 from gpunvme.nvme.dma import DmaMemory
 from gpunvme.nvme.gpu_memory import GPU_PAGE, GpuTransport
+from gpunvme.nvme.sysfs import Machine
 from gpunvme.nvme.vfio_group import LockedMemoryError
+from nvme_machine import Tree
 
 HEADER = Path(__file__).resolve().parents[2] / "kmod" / "gpunvme_uapi.h"
 STRUCTURES = {"info": uapi.Info, "map": uapi.Map, "unmap": uapi.Unmap, "vector": uapi.Vector}
@@ -60,8 +62,42 @@ def test_python_and_c_agree(tmp_path):
 
 
 def test_who_has_no_module_is_told_how_to_get_it(tmp_path):
-    with pytest.raises(TransportError, match=r"kmod/README\.md.*bind BDF --driver gpunvme"):
+    with pytest.raises(TransportError, match=r"it is not there: .*bind BDF --driver gpunvme \(docs/install\.md\)"):
         nvme.open(f"kmod:{tmp_path}/gpunvme0")
+
+
+def test_each_refusal_to_open_says_what_to_do(tmp_path):
+    """EPERM alone tells nobody that the IOMMU is off."""
+    tree = Tree(tmp_path)
+    machine = Machine(tmp_path)
+    tree.folder("/dev")
+    tree.path("/dev/gpunvme0").symlink_to("/dev/null")
+    tree.process(5, "trainer", "/dev/null")
+
+    def why(number: int) -> str:
+        return kmod._why_not_opened(OSError(number, os.strerror(number)), "/dev/gpunvme0", machine)
+
+    assert why(errno.ENOENT).startswith("it is not there: the headers of unknown are missing: sudo apt install")
+    tree.file("/sys/module/gpunvme/version", "1")
+    assert "the module holds no drive. Then, as root: gpunvme nvme bind BDF" in why(errno.ENOENT)
+    tree.file("/sys/class/gpunvme/gpunvme3/dev", "240:3")
+    assert "the module holds /dev/gpunvme3" in why(errno.ENOENT)
+    assert why(errno.EBUSY) == "another process drives it: end process 5 (trainer) first"
+    assert "contrib/60-gpunvme.rules and the group nvme" in why(errno.EACCES)
+    assert "intel_iommu=on, and no iommu=pt" in why(errno.EPERM)
+    assert "gpunvme nvme list" in why(errno.ENODEV)
+    assert why(errno.EIO) == "Input/output error"
+
+
+def test_module_of_another_version_says_which_to_install(monkeypatch):
+    """An ioctl with another layout would map other memory than was meant."""
+
+    def answer(fd: int, request: int, info: uapi.Info) -> None:
+        info.version = 7
+
+    monkeypatch.setattr(uapi, "call", answer)
+    with pytest.raises(TransportError, match=r"version 7, this package knows 1: install .* sudo rmmod gpunvme"):
+        kmod._info(0, "kmod:/dev/gpunvme0")
 
 
 def test_another_device_is_not_taken_for_one():

@@ -141,6 +141,20 @@ def test_what_is_in_use_is_refused_whatever_is_said(
         assert "overwrite=" not in said
 
 
+def test_copies_of_our_mounts_are_not_told_again(tmp_path: Path) -> None:
+    """systemd gives services mounts of their own: to "stop process 1" would be the advice for each drive."""
+    tree = simple(tmp_path)
+    tree.partition("nvme0n1", "nvme0n1p2", "259:2")
+    lines = ("30 1 259:2 / / rw - ext4 /dev/nvme0n1p2 rw", "40 1 259:0 / /data rw - ext4 /dev/nvme0n1 rw")
+    tree.mounts(*lines)
+    tree.process(1, "systemd-udevd", mounts="mnt:[2]")
+    tree.mounts(*lines, "41 1 259:0 / /private rw - ext4 /dev/nvme0n1 rw", process="1")
+    said = said_about(tmp_path, None)
+    assert "nvme0n1 is mounted at /data (ext4): umount /data" in said
+    assert said.count("process 1 (systemd-udevd)") == 2  # of /private alone: whose it is, and to be stopped
+    assert "nvme0n1 is mounted at /private (ext4) for process 1 (systemd-udevd): stop process 1" in said
+
+
 def test_exclusive_use_that_leaves_no_other_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # ZFS, bcache, a target: the kernel lets nobody else open it exclusively.
     simple(tmp_path)

@@ -85,10 +85,14 @@ def bind(
 ) -> None:
     """Take a controller from the kernel for use as pci:BDF, if nobody uses it and it holds nothing."""
     from gpunvme.nvme import bind as binding
+    from gpunvme.nvme.sysfs import Machine
 
     output = Output(as_json=json)
     change = binding.bind(bdf, driver, overwrite=overwrite, noiommu=noiommu)
-    _report(output, change, f"open it as pci:{change.address}; `gpunvme nvme unbind {change.address}` gives it back")
+    uri = f"pci:{change.address}"
+    if driver == binding.OWN_DRIVER:
+        uri = " or ".join(f"kmod:{node}" for node in binding.user_nodes(change.address, Machine()))
+    _report(output, change, f"open it as {uri}; `gpunvme nvme unbind {change.address}` gives it back")
 
 
 def unbind(bdf: Bdf, json: Json = False) -> None:

@@ -121,10 +121,11 @@ def bindings() -> ModuleType:
 def set_log_file() -> None:
     """Name a log file, unless somebody has: libcufile drops cufile.log into the working directory otherwise."""
     from gpunvme.cufile.facts import settings
+    from gpunvme.kept_files import cache_directory
 
     if "CUFILE_LOGFILE_PATH" in os.environ or settings().log_directory:
         return
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpunvme"
+    base = cache_directory()
     place = "/dev/null"
     try:
         base.mkdir(parents=True, exist_ok=True)

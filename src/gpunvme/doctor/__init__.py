@@ -76,7 +76,7 @@ def checks(system: System, path: str, mount: Mount | None, direct_reason: str) -
 
 def _direct_checks(system: System, mount: Mount | None) -> dict[str, Check]:
     """Return the checks of the way from a drive straight to a GPU."""
-    from gpunvme.doctor import checks_access, checks_direct, checks_pcie
+    from gpunvme.doctor import checks_access, checks_direct, checks_module, checks_pcie
 
     return {
         "GPU driver": lambda: checks_direct.check_gpu_driver(system),
@@ -89,7 +89,7 @@ def _direct_checks(system: System, mount: Mount | None) -> dict[str, Check]:
         "IOMMU": lambda: checks_access.check_iommu(system),
         "VFIO": lambda: checks_access.check_vfio(system),
         "memory for drives": lambda: checks_access.check_locked_for_drives(system),
-        "kernel module": lambda: checks_access.check_kernel_module(system),
+        "kernel module": lambda: checks_module.check_kernel_module(system),
         "nvidia-fs": lambda: checks_direct.check_nvidia_fs(system),
         "P2PDMA": lambda: checks_direct.check_p2pdma(system),
         "cuFile": lambda: checks_direct.check_cufile(system),

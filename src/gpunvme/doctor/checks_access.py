@@ -1,4 +1,4 @@
-"""What a drive of one's own needs: the IOMMU, VFIO, and gpunvme's kernel module."""
+"""What a drive of one's own needs: the IOMMU and VFIO."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING
 
 from gpunvme.doctor.checks_kernel import locked_memory
 from gpunvme.doctor.finding import Finding, Level, unknown
-from gpunvme.doctor.pairs import drives, gpus, machine_of, name_of, pairs
-from gpunvme.nvme.kmod_uapi import VERSION
+from gpunvme.doctor.pairs import drives, gpus, machine_of, name_of
 from gpunvme.nvme.sysfs import group_members
 
 if TYPE_CHECKING:
     from gpunvme.doctor.system import System
 
 _ENOUGH_LOCKED = 1 << 30
-_SECURE_BOOT = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 
 
 def check_iommu(system: System) -> list[Finding]:
@@ -100,76 +98,6 @@ def check_vfio(system: System) -> list[Finding]:
                 )
             )
     return findings or [Finding(Level.GREEN, "VFIO", fact)]
-
-
-def check_kernel_module(system: System) -> list[Finding]:
-    """Check gpunvme's own kernel module, which gives GPU memory an address that a drive reaches."""
-    if system.exists("/sys/module/gpunvme"):
-        version = system.read("/sys/module/gpunvme/version")
-        if version is None:
-            return [unknown("kernel module", "version", system.unreadable("/sys/module/gpunvme/version"))]
-        devices = [f"/dev/{name}" for name in system.names("/sys/class/gpunvme")]
-        fact = f"gpunvme.ko {version}, {', '.join(devices) if devices else 'holds no drive'}"
-        if version != str(VERSION):
-            return [
-                Finding(
-                    Level.YELLOW,
-                    "kernel module",
-                    f"{fact}; this package is made for {VERSION}",
-                    cost="kmod: URIs may be refused",
-                    fix="build and load the module that came with this package",
-                    commands=("sudo rmmod gpunvme", "make -C kmod && sudo insmod kmod/gpunvme.ko"),
-                )
-            ]
-        return [Finding(Level.GREEN, "kernel module", fact)]
-    if not pairs(system):
-        return []
-    release = system.kernel_release()
-    cost = "the nvme and gpu-nvme paths bring bytes to a GPU through host memory: VFIO cannot map GPU memory"
-    if not system.exists(f"/lib/modules/{release}/build"):
-        return [
-            Finding(
-                Level.YELLOW,
-                "kernel module",
-                f"gpunvme.ko is not loaded, and the headers of {release} to build it are missing",
-                cost=cost,
-                fix="install the headers, then build and load it",
-                commands=(
-                    f"sudo apt install linux-headers-{release}",
-                    "make -C kmod && sudo insmod kmod/gpunvme.ko",
-                ),
-            )
-        ]
-    if secure_boot(system):
-        return [
-            Finding(
-                Level.YELLOW,
-                "kernel module",
-                "gpunvme.ko is not loaded; Secure Boot takes only signed modules",
-                cost=cost,
-                fix="let DKMS build and sign it, and enrol its key at the next boot",
-                commands=(
-                    "sudo dkms add kmod && sudo dkms install gpunvme/1",
-                    "sudo mokutil --import /var/lib/dkms/mok.pub",
-                ),
-            )
-        ]
-    return [
-        Finding(
-            Level.YELLOW,
-            "kernel module",
-            "gpunvme.ko is not loaded",
-            cost=cost,
-            fix="build and load it (kmod/README.md); it was never tried with GPU memory",
-            commands=("make -C kmod && sudo insmod kmod/gpunvme.ko",),
-        )
-    ]
-
-
-def secure_boot(system: System) -> bool:
-    """Tell whether the firmware says that Secure Boot is on: four bytes of attributes, then 1."""
-    data = system.read_bytes(_SECURE_BOOT)
-    return data is not None and len(data) >= 5 and data[4] == 1
 
 
 def check_locked_for_drives(system: System) -> list[Finding]:

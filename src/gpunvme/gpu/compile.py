@@ -20,6 +20,7 @@ from typing import Any
 import gpunvme
 from gpunvme.errors import CudaError
 from gpunvme.gpu.driver import Gpu
+from gpunvme.kept_files import cache_directory
 from gpunvme.memory import Device, span_of
 from gpunvme.streams import stream_handle
 
@@ -181,9 +182,9 @@ def _options(capability: tuple[int, int], options: Sequence[str]) -> list[str]:
 # --- what was compiled before
 
 
-def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gpunvme" / "kernels"
+def cubin_directory() -> Path:
+    """Directory of what NVRTC has compiled."""
+    return cache_directory() / "kernels"
 
 
 def _nvrtc_version() -> tuple[int, int]:
@@ -205,7 +206,7 @@ def _compiled(source: str, capability: tuple[int, int], options: Sequence[str], 
     # An include of the user's own may change without our knowing.
     if any(option.startswith(("-I", "--include-path", "-include", "--pre-include")) for option in options):
         return compile_to_cubin(source, capability, options, name)
-    place = _cache_directory() / f"{_fingerprint(source, capability, options)}.cubin"
+    place = cubin_directory() / f"{_fingerprint(source, capability, options)}.cubin"
     try:
         return place.read_bytes()
     except OSError:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpunvme.errors import TransportError, UnsafeDeviceError
+from gpunvme.nvme.module_state import module_state, why_not_loaded, wrong_version
 from gpunvme.nvme.safety import Claim
 from gpunvme.nvme.sysfs import (
     Function,
@@ -167,9 +168,35 @@ def _need_driver(driver: str, timeout: float, machine: Machine) -> None:
         # The container's part of VFIO; where it is missing, opening the device will say so.
         machine.load_module("vfio_iommu_type1")
     if machine.exists(where):
+        _check_version(driver, machine)
         return
     why = machine.load_module(driver.replace("-", "_"))
-    _wait(lambda: machine.exists(where), 0 if why else timeout, f"there is no driver {driver}: {why or 'see dmesg'}")
+    if not _waited(lambda: machine.exists(where), 0 if why else timeout):
+        raise TransportError(f"there is no driver {driver}: {why or 'see dmesg'}; {_way_out(driver, why, machine)}")
+    _check_version(driver, machine)
+
+
+def _check_version(driver: str, machine: Machine) -> None:
+    """Refuse our own module in another version before a drive is with it: opening would be refused then."""
+    if driver == OWN_DRIVER:
+        state = module_state(machine)
+        if state.version is not None and not state.fits:
+            raise TransportError(wrong_version(state.version))
+
+
+def _way_out(driver: str, said: str, machine: Machine) -> str:
+    """Say what to do where a driver's module cannot be loaded."""
+    if driver == OWN_DRIVER:
+        return why_not_loaded(module_state(machine), said)
+    if "not permitted" in said:
+        return "loading a module takes root (CAP_SYS_MODULE); in a container, run this on the host"
+    if not driver.startswith("vfio"):
+        return f"drivers for user space are vfio-pci, its variants, and {OWN_DRIVER}"
+    release = machine.read("/proc/sys/kernel/osrelease") or "unknown"
+    return (
+        f"this kernel ({release}) may be without it: boot one with CONFIG_VFIO_PCI (Ubuntu: sudo apt install "
+        f"linux-modules-extra-{release}); in a container, run this on the host"
+    )
 
 
 def _allow_noiommu(machine: Machine) -> None:

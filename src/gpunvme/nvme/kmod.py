@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 
 from gpunvme.errors import TransportError
 from gpunvme.nvme import kmod_uapi as uapi
+from gpunvme.nvme.bind import find_users
 from gpunvme.nvme.dma import PAGE, DmaMemory
 from gpunvme.nvme.gpu_memory import GpuAccess, GpuDmaMemory, check_gpu_pages
+from gpunvme.nvme.module_state import module_state, why_not_loaded, wrong_version
+from gpunvme.nvme.sysfs import Machine
 from gpunvme.nvme.vfio_group import LockedMemoryError, mapping_error
 from gpunvme.transfer import format_bytes
 
@@ -232,17 +235,26 @@ def _open(path: str) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        why = {
-            errno.ENOENT: "it is not there. Build and load the module (kmod/README.md), then, as root: gpunvme nvme "
-            "bind BDF --driver gpunvme",
-            errno.EACCES: f"no permission. As root: chown {os.getuid()} {path}, or for good a udev rule "
-            '(SUBSYSTEM=="gpunvme")',
-            errno.EPERM: "no IOMMU keeps the controller to what is mapped for it; without one this takes root "
-            "(CAP_SYS_RAWIO)",
-            errno.EBUSY: "another process drives it, or a child of it has inherited it",
-            errno.ENODEV: "the controller does not answer, or was taken away",
-        }.get(error.errno or 0, error.strerror)
-        raise TransportError(f"kmod:{path} cannot be opened: {why}") from error
+        raise TransportError(f"kmod:{path} cannot be opened: {_why_not_opened(error, path, Machine())}") from error
+
+
+def _why_not_opened(error: OSError, path: str, machine: Machine) -> str:
+    """Say why a device file of the module cannot be opened, and the way out."""
+    if error.errno == errno.ENOENT:
+        state = module_state(machine)
+        there = ", ".join(f"/dev/{name}" for name in machine.names("/sys/class/gpunvme"))
+        why = f"the module holds {there or 'no drive'}" if state.loaded else why_not_loaded(state)
+        return f"it is not there: {why}. Then, as root: gpunvme nvme bind BDF --driver gpunvme (docs/install.md)"
+    if error.errno == errno.EBUSY:
+        users = ", ".join(find_users([path], machine)) or "it, or the child that inherited the file,"
+        return f"another process drives it: end {users} first"
+    return {
+        errno.EACCES: f"no permission. As root: chown {os.getuid()} {path}; or for good, contrib/60-gpunvme.rules and "
+        "the group nvme",
+        errno.EPERM: "no IOMMU keeps the controller to what is mapped for it. Switch it on (firmware: VT-d or AMD-Vi; "
+        "kernel: intel_iommu=on, and no iommu=pt), or be root (CAP_SYS_RAWIO)",
+        errno.ENODEV: "the controller does not answer, or was taken away: gpunvme nvme list shows who has it",
+    }.get(error.errno or 0, error.strerror or str(error))
 
 
 def _info(fd: int, uri: str) -> uapi.Info:
@@ -252,10 +264,7 @@ def _info(fd: int, uri: str) -> uapi.Info:
     except OSError as error:
         raise TransportError(f"{uri} is no device of gpunvme's kernel module ({error.strerror})") from error
     if info.version != uapi.VERSION:
-        raise TransportError(
-            f"{uri}: the module's interface has version {info.version}, this package knows {uapi.VERSION}; "
-            "install the module that came with it"
-        )
+        raise TransportError(f"{uri}: {wrong_version(info.version)}")
     return info
 
 

@@ -230,6 +230,9 @@ def _mounts(tree: dict[str, str], machine: Machine) -> Iterator[Hazard]:
 def _note_mount(
     found: dict[tuple[str, str], Hazard], device: str, point: str, kind: str, whose: str, machine: Machine
 ) -> None:
+    # Services with mounts of their own (udevd is one) have copies of ours, which go when ours go.
+    if whose and (device, "boot" if point in _BOOT else point) in found:
+        return
     by = f" for {whose}" if whose else ""
     fact, remedy = f"is mounted at {point} ({kind}){by}", f"umount {point}"
     if whose:

@@ -43,6 +43,13 @@ class Machine:
         except OSError:
             return None
 
+    def read_bytes(self, name: str) -> bytes | None:
+        """Return a file's bytes, or None if it cannot be read."""
+        try:
+            return self.path(name).read_bytes()
+        except OSError:
+            return None
+
     def read_int(self, name: str) -> int | None:
         """Return the number in a file (decimal, or hexadecimal behind ``0x``), or None."""
         try:

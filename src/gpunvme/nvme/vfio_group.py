@@ -165,8 +165,8 @@ def _why_not(error: OSError, path: str, machine: Machine) -> str:
         if "noiommu" in path:
             return "without an IOMMU this takes root (CAP_SYS_RAWIO)"
         return (
-            f"no permission. As root: chown {_user()} {path}, or for good a udev rule such as "
-            f'SUBSYSTEM=="vfio", OWNER="{_user()}"'
+            f"no permission. As root: chown {_user()} {path}; or for good, contrib/60-gpunvme.rules and the group nvme "
+            f"(docs/install.md)"
         )
     if error.errno == errno.EBUSY:
         users = find_users([path], machine)

@@ -61,6 +61,7 @@ class HostPath:
         if not refusal:
             why_threads = _why_threads()
             how += f" by threads ({why_threads})" if why_threads else " by io_uring"
+            how += " (`gpunvme doctor` says who refuses it, and how to allow it)" if _native.io_uring_reason() else ""
         if device.is_gpu:
             how += "; through page-locked host memory and the copy engine"
         return Verdict(self.name, True, how)

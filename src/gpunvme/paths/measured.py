@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpunvme.kept_files import cache_directory
+
 _FORMAT = 1
 _MOST_ENTRIES = 256
 
@@ -64,8 +66,7 @@ class Record:
 
 def place() -> Path:
     """File that records are kept in."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gpunvme" / "paths.json"
+    return cache_directory() / "paths.json"
 
 
 def find(key: str) -> Record | None:
