@@ -5,6 +5,8 @@
 //     total += array[indices[i]];                       // read from the drive unless it is there
 //     float value;
 //     const gpunvme::Outcome outcome = array.read(i, value);  // the same, and what went wrong
+//     gpunvme::Line<float> held;                        // an ordinary loop over neighbours: the line is looked up once
+//     for (auto j = first; j < last; ++j) if (array.read(j, value, held).ok()) total += value;
 //     const gpunvme::Line<float> line = array.line(i);  // holds the line with element i until it goes out of scope
 //     if (line.ok()) for (auto j = line.first(); j < line.end(); ++j) total += line[j];
 //   }
