@@ -42,10 +42,9 @@ struct Setting {
 struct Machine {
   explicit Machine(const Setting& setting)
       : client(options(), 16 << 20),
-        device(client, setting.entries, setting.pages_per_slot, Setting{}.timeout_ns),
+        device(client, setting.entries, setting.pages_per_slot, setting.timeout_ns),
         memory(setting.sets, setting.line_shift) {
     fill();
-    queue.timeout_ns = setting.timeout_ns;  // not before: filling is not what is tested
     inject(setting.faults);
     cache.frames = memory.frames;
     cache.queues = &queue;
