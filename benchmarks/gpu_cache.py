@@ -74,6 +74,24 @@ extern "C" __global__ void __launch_bounds__(256)
   add_elements<unsigned>(cache, lines, out);
 }
 
+// The same elements by an ordinary loop: neighbours in order, and the line that they are in held from one to the next.
+extern "C" __global__ void __launch_bounds__(256)
+    by_held_elements_of_4(const PageCache* cache, const uint4*, unsigned long long lines, unsigned long long* out) {
+  const CachedArray<unsigned> array(cache);
+  const unsigned long long warps = gridDim.x * blockDim.x / 32;
+  unsigned long long sum = 0;
+  Line<unsigned> held;
+  for (unsigned long long at = (blockIdx.x * blockDim.x + threadIdx.x) / 32; at < lines; at += warps) {
+    const unsigned long long first = at * 7919 % lines * 1024;
+    for (unsigned i = 0; i < 32; ++i) {
+      unsigned value = 0;
+      if (array.read(first + i * 32 + threadIdx.x % 32, value, held).ok()) sum += sum_of(value);
+    }
+  }
+  held.release();
+  finish(sum, out);
+}
+
 extern "C" __global__ void __launch_bounds__(256)
     plain(const PageCache*, const uint4* memory, unsigned long long lines, unsigned long long* out) {
   const unsigned long long warps = gridDim.x * blockDim.x / 32;
@@ -132,6 +150,7 @@ def measure_hits(session: Session, queues: Any, nbytes: int) -> None:
             "everything found, by lines": "by_lines",
             "everything found, by elements of 16 bytes": "by_elements_of_16",
             "everything found, by elements of 4 bytes": "by_elements_of_4",
+            "everything found, by elements of 4 bytes in order, the line held": "by_held_elements_of_4",
         }
         for case, kernel in ways.items():
             run = adding(program, kernel, array, memory, nbytes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from files import contents
 from gpunvme import nvme
 from gpunvme.cli import demo_gpu, main
 from gpunvme.cli.exits import Exit
-from gpunvme.gpu import GpuQueues
+from gpunvme.gpu import GpuQueues, moves, range_movement
 from gpunvme.memory import Buffer, Span
 
 SIZE = 1 << 20
@@ -79,6 +80,75 @@ def test_reading_and_writing(gpu: FakeCuda, options: str) -> None:
         assert "kernels on cuda:0" in done.reason
         everything = m.namespace.read().numpy().tobytes()
         assert everything == m.data[:131_072] + m.data[8192 : 8192 + 65536] + m.data[131_072 + 65536 :]
+
+
+# (offset, bytes) of many ranges, and how many launches may carry them.
+RANGES = {
+    "rows of one size": ([(8192 * ((7 * at) % 120), 512) for at in range(100)], 1),
+    "tensors": ([((3 * at * 4096) % (SIZE - 200_704), 512 * (1 + at * at % 130)) for at in range(40)], 1),
+    "unaligned tensors": ([(1 + 12_000 * at, 9001 + at) for at in range(50)], 3),
+    "large ones": ([(0, 150_016), (600_064, 200_704), (4096, 100_352)], 1),
+}
+
+
+@pytest.mark.parametrize("adjoining", [True, False])
+@pytest.mark.parametrize("ranges", RANGES)
+def test_many_ranges_are_few_launches(gpu: FakeCuda, ranges: str, adjoining: bool) -> None:
+    """A launch for each tensor of a checkpoint would take longer than reading it."""
+    wanted, most = RANGES[ranges]
+    with Machine("&mdts=2") as m, m.open() as file:
+        file.read(0, 512, GPU)
+        gap = 0 if adjoining else 64
+        memory = Buffer.empty(sum(nbytes + gap for _, nbytes in wanted), GPU)
+        before = memory.numpy().tobytes()
+        expected, at, parts = bytearray(before), 0, []
+        for offset, nbytes in wanted:
+            parts.append((file, offset, memory.span.part(at, nbytes)))
+            expected[at : at + nbytes] = m.data[offset : offset + nbytes]
+            at += nbytes + gap
+        done = gpunvme.read_many(parts)
+        assert memory.numpy().tobytes() == expected
+        assert done.nbytes == done.direct_bytes == sum(nbytes for _, nbytes in wanted)
+        launches = re.search(r"in (\d+) launches", done.reason)
+        assert launches is not None
+        assert int(launches[1]) <= most
+
+
+@pytest.mark.parametrize("fault", ["drop#9", "cfs#6"])
+def test_ranges_that_are_lost_are_read_again(gpu: FakeCuda, fault: str) -> None:
+    with Machine("&mdts=1", timeout=0.3) as m, m.open() as file:
+        file.read(0, 512, GPU)
+        m.inject(fault)
+        parts = [(file, 30_000 * at, Buffer.empty(10_000 + at, GPU)) for at in range(30)]
+        gpunvme.read_many(parts)
+        for _, offset, buffer in parts:
+            assert buffer.numpy().tobytes() == m.data[offset : offset + buffer.nbytes]
+        assert m.controller.aborts + m.controller.resets > 0
+
+
+def test_a_range_that_fails_names_its_blocks(gpu: FakeCuda) -> None:
+    with Machine("&mdts=1") as m, m.open() as file:
+        file.read(0, 512, GPU)
+        m.inject("error:0x281!#7")
+        parts = [(file, 32_768 * at, Buffer.empty(8192 * (1 + at % 2), GPU)) for at in range(20)]
+        with pytest.raises(gpunvme.CommandError) as caught:
+            gpunvme.read_many(parts)
+        (failure,) = caught.value.failures
+        assert failure.lba % 16 == 0
+        assert failure.lba % 64 < 32
+        assert failure.blocks == 16
+
+
+def test_more_ranges_than_a_launch_holds_are_several(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(range_movement, "MOST_EXTENTS", 8)
+    with Machine("&mdts=1") as m, m.open() as file:
+        parts = [(file, 20_480 * at, Buffer.empty(512 * (1 + 7 * (at % 5)), GPU)) for at in range(40)]
+        done = gpunvme.read_many([*parts, (file, 0, Buffer.empty(SIZE, GPU))])
+        for _, offset, buffer in parts:
+            assert buffer.numpy().tobytes() == m.data[offset : offset + buffer.nbytes]
+        launches = re.search(r"in (\d+) launches", done.reason)
+        assert launches is not None
+        assert 6 <= int(launches[1]) <= 20
 
 
 @pytest.mark.parametrize("wait", [True, False])
@@ -146,6 +216,33 @@ def test_threads_share_the_queues(gpu: FakeCuda) -> None:
             thread.join(max(0.0, deadline - time.monotonic()))
         assert not any(thread.is_alive() for thread in threads)
     assert not failures
+
+
+def test_nothing_is_allocated_while_a_kernel_of_ours_runs(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA may let it wait for the kernel, and what the kernel waits for behind it: the emulated GPU aborts."""
+    monkeypatch.setattr(moves, "_ROOM_PIECES", (64, 256))
+    with Machine() as m, m.namespace.gpu_queues(0, count=2, depth=32) as queues:
+        lbas = np.random.default_rng(1).integers(0, m.namespace.blocks, 600)
+        jobs = [lbas[:rows] for rows in (50, 60, 200, 20, 600, 600, 270, 1)]
+        outs = [Buffer.empty(len(rows) * 512, GPU) for rows in jobs]
+        m.inject("slow:1")
+        transfers = [queues.gather(rows, out, wait=False) for rows, out in zip(jobs, outs, strict=True)]
+        for transfer in transfers:
+            transfer.wait(60)
+        for rows, out in zip(jobs, outs, strict=True):
+            assert out.numpy().tobytes() == b"".join(m.data[lba * 512 : lba * 512 + 512] for lba in rows)
+
+
+def test_transfers_at_once_get_memory_of_their_own(gpu: FakeCuda) -> None:
+    with Machine() as m, m.open() as file:
+        file.read(0, 512, GPU)
+        outs = [Buffer.empty(9000 + at, GPU) for at in range(8)]
+        m.inject("slow:1")
+        transfers = [file.read_into(out, 1 + at, wait=False) for at, out in enumerate(outs)]
+        for transfer in transfers:
+            transfer.wait(60)
+        for at, out in enumerate(outs):
+            assert out.numpy().tobytes() == m.data[1 + at : 1 + at + out.nbytes]
 
 
 def test_closing_ends_what_is_in_flight_and_gives_everything_back(gpu: FakeCuda) -> None:

@@ -21,10 +21,6 @@ constexpr std::uint64_t kSmallestWindow = 256u << 10;
 constexpr std::uint64_t kNear = 4096;
 // More pieces than this waiting: copy some before more windows are looked at. Keeps memory bounded.
 constexpr std::size_t kManyPieces = 4096;
-// Hits after which populating a region's page table entries (about 50 us for 2 MiB) is cheaper than going on with a
-// system call (about 0.4 us more than a copy) for each small read.
-constexpr std::uint64_t kDenseHits = 128;
-
 std::atomic<std::uint64_t> next_id{1};
 
 std::uint64_t window_size(std::uint64_t nbytes, int device) {
@@ -152,14 +148,14 @@ void Job::add_extents(const std::vector<Segment>& segments, CUevent event) {
 void Job::add_gather(std::uint32_t file, const std::int64_t* offsets, std::uint64_t count, std::uint64_t nbytes,
                      std::uint64_t address) {
   const std::uint64_t size = this->file(file).size();
-  const std::uint64_t regions = (size + SourceFile::kRegion - 1) / SourceFile::kRegion;
+  const std::uint64_t regions = FileMapping::regions(size);
   const CUevent event = record_event();
   std::size_t pieces = 0;
   {
     std::lock_guard lock(mutex_);
     if (failure_) throw *failure_;
-    Gather gather{file, offsets, count, nbytes, address, kDenseHits, size, event, nullptr};
-    if (count >= regions * kDenseHits) gather.dense = 0;
+    Gather gather{file, offsets, count, nbytes, address, FileMapping::kDenseHits, size, event, nullptr};
+    if (count >= regions * FileMapping::kDenseHits) gather.dense = 0;
     // Asking once for a region pays when several reads fall into it.
     if (count >= regions * 8) gather.regions = std::make_unique<std::atomic<std::uint8_t>[]>(regions);
     gathers_.push_back(std::move(gather));

@@ -1,5 +1,8 @@
 #include "mapped_copy.h"
 
+#include <signal.h>
+#include <ucontext.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -40,7 +43,11 @@ void hand_on(const struct sigaction& previous, int number, siginfo_t* info, void
 template <std::size_t kLevel>
 void on_sigbus(int number, siginfo_t* info, void* context) {
   const auto* address = static_cast<const std::uint8_t*>(info->si_addr);
-  if (guard.begin != nullptr && address >= guard.begin && address < guard.end) siglongjmp(guard.retreat, 1);
+  if (guard.begin != nullptr && address >= guard.begin && address < guard.end) {
+    // Whoever calls this may have blocked the signal for as long as it runs: the mask as it was before the fault.
+    if (context != nullptr) pthread_sigmask(SIG_SETMASK, &static_cast<ucontext_t*>(context)->uc_sigmask, nullptr);
+    siglongjmp(guard.retreat, 1);
+  }
   hand_on(previous_actions[kLevel], number, info, context);
 }
 
@@ -83,8 +90,8 @@ void contain_sigbus() {
 
 std::size_t copy_mapped(const MappedRange* ranges, std::size_t count) {
   volatile std::size_t done = 0;  // volatile: read after siglongjmp
-  // With the signal mask: whoever calls our handler may have blocked the signal for as long as it runs.
-  if (sigsetjmp(guard.retreat, 1) == 0) {
+  // Without the signal mask, which would cost a system call: the handler puts it back.
+  if (sigsetjmp(guard.retreat, 0) == 0) {
     while (done < count) {
       const MappedRange& range = ranges[done];
       guard.end = range.from + range.nbytes;

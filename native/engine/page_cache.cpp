@@ -1,7 +1,9 @@
 #include "page_cache.h"
 
+#include <linux/magic.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -56,24 +58,31 @@ std::optional<std::uint64_t> cached_bytes(int fd, std::uint64_t offset, std::uin
   return result.cached * page_size();
 }
 
-Residency residency(const SourceFile& file, std::uint64_t offset, std::uint64_t nbytes) {
-  if (file.in_memory()) return Residency::kAll;
+Residency residency(int fd, bool in_memory, std::uint64_t offset, std::uint64_t nbytes) {
+  if (in_memory) return Residency::kAll;
   const std::uint64_t page = page_size();
   const std::uint64_t wanted = ((offset + nbytes + page - 1) / page - offset / page) * page;
-  if (const auto cached = cached_bytes(file.fd(), offset, nbytes)) {
+  if (const auto cached = cached_bytes(fd, offset, nbytes)) {
     if (*cached == 0) return Residency::kNone;
     return *cached >= wanted ? Residency::kAll : Residency::kSome;
   }
   bool all = true;
   bool none = true;
   for (std::uint64_t at = offset; at < offset + nbytes; at += kSampleEvery) {
-    const auto cached = page_is_cached(file.fd(), at);
+    const auto cached = page_is_cached(fd, at);
     if (!cached) return Residency::kNone;
     all = all && *cached;
     none = none && !*cached;
   }
   if (all) return Residency::kAll;
   return none ? Residency::kNone : Residency::kSome;
+}
+
+bool is_in_memory(int fd) {
+  struct statfs filesystem {};
+  if (fstatfs(fd, &filesystem) != 0) return false;
+  const auto type = static_cast<unsigned long>(filesystem.f_type);
+  return type == TMPFS_MAGIC || type == RAMFS_MAGIC || type == HUGETLBFS_MAGIC;
 }
 
 }  // namespace gpunvme

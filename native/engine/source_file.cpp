@@ -2,11 +2,8 @@
 
 #include <fcntl.h>
 #include <linux/fs.h>
-#include <linux/magic.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -14,15 +11,9 @@
 #include <memory>
 
 #include "failure.h"
+#include "page_cache.h"
 
 namespace gpunvme {
-namespace {
-
-void unmap(const SourceFile::Mapping& mapping) {
-  if (mapping.data != nullptr) munmap(const_cast<std::uint8_t*>(mapping.data), mapping.nbytes);
-}
-
-}  // namespace
 
 std::shared_ptr<SourceFile> SourceFile::open(const std::string& path, Mode mode) {
   int flags = O_RDONLY;
@@ -58,11 +49,7 @@ SourceFile::SourceFile(int fd, std::string name, bool writable) : fd_(fd), name_
     throw file_failure(error, error == ESPIPE ? "not a regular file or block device" : "cannot open", name_);
   }
   block_device_ = S_ISBLK(status.st_mode);
-  struct statfs filesystem {};
-  if (fstatfs(fd_, &filesystem) == 0 && !block_device_) {
-    const auto type = static_cast<unsigned long>(filesystem.f_type);
-    in_memory_ = type == TMPFS_MAGIC || type == RAMFS_MAGIC || type == HUGETLBFS_MAGIC;
-  }
+  in_memory_ = !block_device_ && is_in_memory(fd_);
   open_direct();
 }
 
@@ -102,7 +89,7 @@ void SourceFile::open_direct() {
 }
 
 SourceFile::~SourceFile() {
-  if (const std::unique_ptr<Mapping> mapping(mapping_.load()); mapping != nullptr) unmap(*mapping);
+  delete mapping_.load();
   if (direct_fd_ >= 0) close(direct_fd_);
   close(fd_);
 }
@@ -137,24 +124,16 @@ std::string SourceFile::direct_refusal() const {
   return direct_refused_.load(std::memory_order_relaxed) ? "the file system refused an aligned O_DIRECT read" : "";
 }
 
-const SourceFile::Mapping* SourceFile::mapping() {
-  Mapping* known = mapping_.load(std::memory_order_acquire);
-  if (known == nullptr) {
-    auto made = std::make_unique<Mapping>();
-    const std::uint64_t nbytes = size();
-    void* data = nbytes == 0 ? MAP_FAILED : mmap(nullptr, nbytes, PROT_READ, MAP_SHARED, fd_, 0);
-    if (data != MAP_FAILED) {
-      made->data = static_cast<const std::uint8_t*>(data);
-      made->nbytes = nbytes;
-      made->regions = std::make_unique<Region[]>((nbytes + kRegion - 1) / kRegion);
-    }
-    if (mapping_.compare_exchange_strong(known, made.get(), std::memory_order_acq_rel)) {
-      known = made.release();
-    } else {
-      unmap(*made);  // somebody else was faster
-    }
+FileMapping* SourceFile::mapping() {
+  FileMapping* known = mapping_.load(std::memory_order_acquire);
+  if (known != nullptr || unmappable_.load(std::memory_order_relaxed)) return known;
+  auto made = FileMapping::make(fd_, size());
+  if (made == nullptr) {
+    unmappable_.store(true, std::memory_order_relaxed);
+    return nullptr;
   }
-  return known->data != nullptr ? known : nullptr;
+  // If somebody else was faster, `made` is unmapped again.
+  return mapping_.compare_exchange_strong(known, made.get(), std::memory_order_acq_rel) ? made.release() : known;
 }
 
 }  // namespace gpunvme

@@ -5,7 +5,8 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <vector>
+
+#include "file_mapping.h"
 
 namespace gpunvme {
 
@@ -13,9 +14,6 @@ namespace gpunvme {
 // worker, never needs the interpreter.
 class SourceFile : public std::enable_shared_from_this<SourceFile> {
  public:
-  // Gathers count hits and populate their mapping by regions of this many bytes.
-  static constexpr std::uint64_t kRegion = 2u << 20;
-
   enum class Mode { kRead, kReadWrite, kCreate };  // "r", "r+", "w"
 
   // Throws Failure (kFile).
@@ -52,18 +50,8 @@ class SourceFile : public std::enable_shared_from_this<SourceFile> {
   std::uint32_t memory_align() const { return memory_align_; }
   std::uint32_t offset_align() const { return offset_align_; }
 
-  // What gathers know of one region of the mapping.
-  struct Region {
-    std::atomic<std::uint16_t> hits{0};  // small reads served by preadv2 so far
-    std::atomic<bool> populated{false};  // its page table entries were made
-  };
-  struct Mapping {
-    const std::uint8_t* data = nullptr;
-    std::uint64_t nbytes = 0;
-    std::unique_ptr<Region[]> regions;
-  };
   // A read-only mapping of the whole file as it is now, made on first use and kept; null where it cannot be mapped.
-  const Mapping* mapping();
+  FileMapping* mapping();
 
  private:
   SourceFile(int fd, std::string name, bool writable);
@@ -80,7 +68,8 @@ class SourceFile : public std::enable_shared_from_this<SourceFile> {
   std::string open_refusal_;
   std::atomic<bool> direct_refused_{false};
   // Set once, without a lock: a child may be forked while a worker maps, and would inherit the lock held for ever.
-  std::atomic<Mapping*> mapping_{nullptr};
+  std::atomic<FileMapping*> mapping_{nullptr};
+  std::atomic<bool> unmappable_{false};
 };
 
 }  // namespace gpunvme

@@ -1,4 +1,3 @@
-#include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -11,16 +10,12 @@
 namespace gpunvme {
 namespace {
 
-#ifndef MADV_POPULATE_READ
-constexpr int MADV_POPULATE_READ = 22;  // Linux 5.14
-#endif
-
 Residency region_residency(Gather& gather, const SourceFile& file, std::uint64_t region) {
   std::atomic<std::uint8_t>& known = gather.regions[region];
   std::uint8_t value = known.load(std::memory_order_relaxed);
   if (value == 0) {  // two workers may both ask; they get about the same answer
-    const std::uint64_t begin = region * SourceFile::kRegion;
-    const std::uint64_t nbytes = std::min(SourceFile::kRegion, gather.file_size - begin);
+    const std::uint64_t begin = region * FileMapping::kRegion;
+    const std::uint64_t nbytes = std::min(FileMapping::kRegion, gather.file_size - begin);
     value = static_cast<std::uint8_t>(1 + static_cast<std::uint8_t>(residency(file, begin, nbytes)));
     known.store(value, std::memory_order_relaxed);
   }
@@ -59,7 +54,7 @@ void Worker::gather(Operation& operation) {
     contain_sigbus();
     const std::size_t copied = copy_mapped(mapped.data(), mapped.size());
     if (copied < mapped.size()) {
-      const auto offset = mapped[copied].from - file.mapping()->data;
+      const auto offset = mapped[copied].from - file.mapping()->data();
       throw truncated_failure(file.name(), offset);
     }
     for (const MappedRange& range : mapped) operation.counts.mapped += range.nbytes;
@@ -79,30 +74,19 @@ bool Worker::gather_cached(Operation& operation, SourceFile& file, std::uint64_t
                            std::uint8_t* to, std::vector<MappedRange>& mapped) {
   Gather& gather = *operation.piece.gather;
   const bool direct_possible = file.direct_fd() >= 0 && file.offset_align() <= kBounce / 2;
-  const std::uint64_t region = offset / SourceFile::kRegion;
-  const bool one_region = region == (offset + nbytes - 1) / SourceFile::kRegion;
+  const std::uint64_t region = FileMapping::region_of(offset);
+  const bool one_region = region == FileMapping::region_of(offset + nbytes - 1);
   Residency found = Residency::kSome;
   if (gather.regions != nullptr && one_region) found = region_residency(gather, file, region);
   const bool region_cached = found == Residency::kAll;
   if (found == Residency::kSome) found = residency(file, offset, nbytes);
   if (found != Residency::kAll && direct_possible) return false;
 
-  const SourceFile::Mapping* mapping = region_cached ? file.mapping() : nullptr;
-  if (mapping != nullptr && offset + nbytes <= mapping->nbytes) {
-    SourceFile::Region& state = mapping->regions[region];
-    if (!state.populated.load(std::memory_order_acquire)) {
-      const std::uint64_t hits = state.hits.fetch_add(1, std::memory_order_relaxed);
-      if (hits >= gather.dense) {
-        const std::uint64_t begin = region * SourceFile::kRegion;
-        const std::uint64_t length = std::min(SourceFile::kRegion, mapping->nbytes - begin);
-        auto* const pages = const_cast<std::uint8_t*>(mapping->data + begin);
-        // Where this fails the copies below still work; they fault page by page.
-        madvise(pages, length, MADV_POPULATE_READ);
-        state.populated.store(true, std::memory_order_release);
-      }
-    }
-    if (state.populated.load(std::memory_order_acquire)) {
-      mapped.push_back({to, mapping->data + offset, nbytes});
+  FileMapping* const mapping = region_cached ? file.mapping() : nullptr;
+  if (mapping != nullptr && offset + nbytes <= mapping->nbytes()) {
+    if (!mapping->is_populated(region) && mapping->count_hit(region, gather.dense)) mapping->populate(region);
+    if (mapping->is_populated(region)) {
+      mapped.push_back({to, mapping->data() + offset, nbytes});
       return true;
     }
   }

@@ -40,6 +40,8 @@ class Backend {
   virtual int flush() = 0;
   // The range reads as zeroes from now on; `deallocate`: its space may be given back.
   virtual int zero(std::uint64_t offset, std::uint64_t nbytes, bool deallocate) = 0;
+  // Reads the range where that takes no system call. False: it does, and the segments may hold anything.
+  virtual bool read_mapped(const iovec*, std::size_t, std::uint64_t, std::uint64_t) { return false; }
   // What can be read without waiting for a drive: bytes from the start of the range, 0 for nothing.
   virtual std::uint64_t read_cached(const iovec* segments, std::size_t count, std::uint64_t offset,
                                     std::uint64_t nbytes) = 0;

@@ -16,17 +16,18 @@ enum class Count : std::uint8_t {
   kFsyncs,         // times the image was asked to make data durable
   kErrors,         // commands that ended with an error that was not injected
   kCopiedBytes,    // between memory, or the page cache, and the host's memory
+  kMappedBytes,    // of these, copied out of a mapping of the image
   kUringBytes,     // read by io_uring into the host's memory
   kReadBlocks512,  // data units of the SMART log
   kWrittenBlocks512,
   kQueueFullWaits,  // times a submission queue had to wait because its completion queue was full
   kIdlePasses,
 };
-inline constexpr std::size_t kCounts = 13;
+inline constexpr std::size_t kCounts = 14;
 inline constexpr std::array<const char*, kCounts> kCountNames = {
-    "commands",   "admin_commands", "reads",       "writes",         "flushes",           "fsyncs",
-    "errors",     "copied_bytes",   "uring_bytes", "read_512_units", "written_512_units", "queue_full_waits",
-    "idle_passes"};
+    "commands",         "admin_commands", "reads",        "writes",      "flushes",        "fsyncs",
+    "errors",           "copied_bytes",   "mapped_bytes", "uring_bytes", "read_512_units", "written_512_units",
+    "queue_full_waits", "idle_passes"};
 
 class Counters {
  public:

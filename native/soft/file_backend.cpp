@@ -12,6 +12,7 @@
 
 #include "backend.h"
 #include "failure.h"
+#include "hot_regions.h"
 
 namespace gpunvme::soft {
 namespace {
@@ -59,11 +60,13 @@ class FileBackend : public Backend {
     size_ = size;
     identity_ = identity;
     read_only_ = read_only;
+    hot_ = HotRegions::of(fd, size);
   }
   ~FileBackend() override { close(); }
 
   // The lock goes with the last descriptor of the open file.
   void close() override {
+    hot_.reset();
     if (fd_ >= 0) ::close(fd_);
     fd_ = -1;
   }
@@ -103,9 +106,15 @@ class FileBackend : public Backend {
     return 0;
   }
 
-  std::uint64_t read_cached(const iovec* segments, std::size_t count, std::uint64_t offset, std::uint64_t) override {
+  bool read_mapped(const iovec* segments, std::size_t count, std::uint64_t offset, std::uint64_t nbytes) override {
+    return hot_ != nullptr && hot_->read(segments, count, offset, nbytes);
+  }
+
+  std::uint64_t read_cached(const iovec* segments, std::size_t count, std::uint64_t offset,
+                            std::uint64_t nbytes) override {
     const int number = static_cast<int>(std::min<std::size_t>(count, IOV_MAX));
     const ssize_t got = preadv2(fd_, segments, number, static_cast<off_t>(offset), RWF_NOWAIT);
+    if (hot_ != nullptr && got == static_cast<ssize_t>(nbytes)) hot_->count_hit(offset, nbytes);
     return got > 0 ? static_cast<std::uint64_t>(got) : 0;
   }
 
@@ -129,6 +138,8 @@ class FileBackend : public Backend {
     }
     return 0;
   }
+
+  std::unique_ptr<HotRegions> hot_;
 };
 
 }  // namespace

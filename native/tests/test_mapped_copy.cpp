@@ -58,6 +58,11 @@ void program_chaining_handler(int number, siginfo_t* info, void* context) {
   }
 }
 
+void program_handing_on(int number, siginfo_t* info, void* context) {
+  program_faults = program_faults + 1;
+  program_previous.sa_sigaction(number, info, context);
+}
+
 void install(void (*handler)(int, siginfo_t*, void*)) {
   struct sigaction action {};
   action.sa_sigaction = handler;
@@ -174,6 +179,30 @@ TEST(a_handler_installed_after_ours_gets_its_faults_too) {
     CHECK(program_faults_at(theirs.data));
     CHECK_EQ(static_cast<int>(program_faults), 1);
     CHECK_EQ(copy_mapped(&range, 1), 0u);
+  });
+}
+
+TEST(a_fault_leaves_the_signal_mask_as_it_was) {
+  in_own_process([] {
+    const MappedFile file(8192);
+    file.cut(0);
+    contain_sigbus();
+    // In front of ours: a handler that blocks SIGBUS and SIGUSR1 for as long as it runs, and hands on to ours.
+    struct sigaction action {};
+    action.sa_sigaction = program_handing_on;
+    action.sa_flags = SA_SIGINFO;
+    sigaddset(&action.sa_mask, SIGUSR1);
+    sigaction(SIGBUS, &action, &program_previous);
+    Memory memory(8192);
+    const MappedRange range{memory.data(), file.data, 8192};
+    for (int i = 1; i < 5; ++i) {
+      CHECK_EQ(copy_mapped(&range, 1), 0u);  // a second fault would end the process if the signal were blocked
+      CHECK_EQ(static_cast<int>(program_faults), i);
+      sigset_t mask;
+      pthread_sigmask(SIG_SETMASK, nullptr, &mask);
+      CHECK_EQ(sigismember(&mask, SIGBUS), 0);
+      CHECK_EQ(sigismember(&mask, SIGUSR1), 0);
+    }
   });
 }
 

@@ -1,6 +1,7 @@
 // Driver and software controller in turns, on one thread: no race, no clock, the same every time. What the driver's
 // side and the controller's side of a command cost in instructions is counted here, too
-// (benchmarks/nvme_instructions.py runs the test called "commands" under callgrind).
+// (benchmarks/nvme_instructions.py runs the test called "commands" under callgrind; benchmarks/hot_image.py asks it for
+// blocks of an image).
 #include <cstdlib>
 #include <memory>
 #include <random>
@@ -23,16 +24,19 @@ using testing::Pair;
 constexpr std::uint32_t kBlock = 4096;
 constexpr std::uint64_t kBlocks = 1024;
 
-gpunvme::soft::Options on_this_thread() {
+// `image`: the file behind the controller; null: memory.
+gpunvme::soft::Options on_this_thread(const char* image, std::uint64_t nbytes) {
   gpunvme::soft::Options options;
-  options.size = kBlocks * kBlock;
+  options.size = nbytes;
+  if (image != nullptr) options.path = image;
   options.lba_bytes = kBlock;
   options.threads = 0;
   return options;
 }
 
 struct Stepped {
-  explicit Stepped(std::uint32_t depth) : client(on_this_thread(), 16 << 20), data(kBlocks * kBlock) {
+  explicit Stepped(std::uint32_t depth, const char* image = nullptr, std::uint64_t blocks = kBlocks)
+      : client(on_this_thread(image, blocks * kBlock), 16 << 20), data(kBlocks * kBlock) {
     client.enable();
     Pair pair = client.create(1, depth);
     const std::uint64_t lists = client.memory.allocate(std::uint64_t{depth} * 4096);
@@ -102,15 +106,22 @@ TEST(what_is_written_is_read_back_at_any_depth) {
   }
 }
 
+std::uint64_t number_in(const char* variable, std::uint64_t otherwise) {
+  const char* const text = std::getenv(variable);
+  return text != nullptr ? std::strtoull(text, nullptr, 10) : otherwise;
+}
+
 // Random reads of one block, so many as GPUNVME_COMMANDS says: two runs of different length tell the cost of one.
+// GPUNVME_BLOCKS: out of so many. GPUNVME_IMAGE: out of this file and not out of memory.
 TEST(commands) {
-  const char* const wanted = std::getenv("GPUNVME_COMMANDS");
-  const std::uint64_t count = wanted != nullptr ? std::strtoull(wanted, nullptr, 10) : 10'000;
-  Stepped stepped(129);
+  const std::uint64_t count = number_in("GPUNVME_COMMANDS", 10'000);
+  const std::uint64_t blocks = number_in("GPUNVME_BLOCKS", kBlocks);
+  Stepped stepped(129, std::getenv("GPUNVME_IMAGE"), blocks);
   std::vector<std::uint64_t> lbas(kBlocks);
-  for (std::uint64_t i = 0; i < kBlocks; ++i) lbas[i] = i * 379 % kBlocks;
+  std::mt19937_64 random(1);
   std::uint64_t done = 0;
   while (done < count) {
+    for (auto& lba : lbas) lba = random() % blocks;
     auto read = stepped.run(2);
     read->add_gather(lbas.data(), std::min<std::uint64_t>(count - done, kBlocks), 1, stepped.memory, 0);
     stepped.finish(*read);

@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "device_queue.h"
 #include "frame_memory.h"
 #include "gpunvme/page_cache.h"
-#include "soft_client.h"
 #include "threads.h"
 
 using namespace testing;
@@ -24,7 +24,7 @@ using gpunvme::PageFrames;
 
 namespace {
 
-constexpr std::uint32_t kBlock = 512;
+constexpr std::uint32_t kBlock = kDeviceBlock;
 constexpr std::uint64_t kSize = 1 << 20;
 
 struct Setting {
@@ -40,36 +40,10 @@ struct Setting {
 
 // A controller, a queue of it, and a cache.
 struct Machine {
-  explicit Machine(const Setting& setting) : client(options(), 16 << 20), memory(setting.sets, setting.line_shift) {
-    client.enable();
-    pair = client.create(1, setting.entries);
-    std::memset(client.memory.at(pair.sq), 0, setting.entries * 64);
-    const std::uint32_t slots = setting.entries - 1;
-    const std::uint32_t each = setting.pages_per_slot;
-    const std::uint64_t data = client.memory.allocate(std::uint64_t{slots} * each * 4096);
-    const std::uint64_t list = client.memory.allocate(std::uint64_t{slots} * 4096);
-    for (std::uint32_t slot = 0; slot < slots; ++slot) {
-      for (std::uint32_t page = 0; page < each; ++page) {
-        pages.push_back(data + (std::uint64_t{slot} * each + page) * 4096);
-        if (page != 0) client.memory.at<std::uint64_t>(list + slot * 4096)[page - 1] = pages.back();
-      }
-      lists.push_back(list + slot * 4096);
-    }
-    state.resize(gpunvme::QueuePair::memory_bytes({setting.entries, setting.entries, slots}) / gpunvme::kApart);
-    auto* const doorbells = reinterpret_cast<char*>(client.controller.doorbells().address());
-    queue.pair.initialise({setting.entries, setting.entries, slots}, client.memory.at(pair.sq),
-                          client.memory.at(pair.cq), doorbells + 8, doorbells + 12, state.data());
-    queue.data = client.memory.at<unsigned char>(data);
-    queue.pages = pages.data();
-    queue.lists = lists.data();
-    queue.blocks = kSize / kBlock;
-    queue.timeout_ns = setting.timeout_ns;
-    queue.page_bytes = 4096;
-    queue.pages_per_slot = each;
-    queue.block_bytes = kBlock;
-    queue.max_blocks = each * 4096 / kBlock;
-    queue.nsid = 1;
-    queue.id = 1;
+  explicit Machine(const Setting& setting)
+      : client(options(), 16 << 20),
+        device(client, setting.entries, setting.pages_per_slot, setting.timeout_ns),
+        memory(setting.sets, setting.line_shift) {
     fill();
     inject(setting.faults);
     cache.frames = memory.frames;
@@ -104,11 +78,8 @@ struct Machine {
   std::uint64_t reads() const { return queue.pair.state().completed.load_acquire(); }
 
   Client client;
-  Pair pair;
-  std::vector<std::uint64_t> pages;
-  std::vector<std::uint64_t> lists;
-  std::vector<FrameMemory::Unit> state;
-  GpuQueue queue{};
+  DeviceQueue device;
+  GpuQueue& queue = device.queue;
   FrameMemory memory;
   gpunvme::CacheCounters counters[PageCache::kStripes] = {};
   gpunvme::CacheError error{};

@@ -12,43 +12,11 @@
 #include <fstream>
 
 #include "failure.h"
-#include "soft_client.h"
+#include "image_client.h"
 
 using namespace testing;
 
 namespace {
-
-// A directory of this test's own, on a disk as a rule.
-struct Directory {
-  Directory() {
-    std::string name = (std::filesystem::temp_directory_path() / "soft-image-XXXXXX").string();
-    CHECK(mkdtemp(name.data()) != nullptr);
-    path = name;
-  }
-  ~Directory() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path, ignored);
-  }
-  std::string file(const std::string& name) const { return (path / name).string(); }
-  std::filesystem::path path;
-};
-
-Options image(const std::string& path, std::uint64_t size, unsigned threads = 0) {
-  Options options;
-  options.path = path;
-  options.size = size;
-  options.threads = threads;
-  return options;
-}
-
-// The page cache forgets the file.
-void make_cold(const std::string& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  CHECK(fd >= 0);
-  CHECK_EQ(fdatasync(fd), 0);
-  CHECK_EQ(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED), 0);
-  close(fd);
-}
 
 // Pages of the file that are not on the media yet; -1 where the kernel (before 6.5) or the file system cannot tell.
 long dirty_pages(const std::string& path) {
@@ -63,42 +31,6 @@ long dirty_pages(const std::string& path) {
   close(fd);
   return result == 0 ? static_cast<long>(pages[1] + pages[2]) : -1;
 }
-
-struct ImageClient : Client {
-  explicit ImageClient(const Options& options) : Client(options) {
-    enable();
-    queue = create(1, 64);
-    from = memory.allocate(1 << 20);
-    to = memory.allocate(1 << 20);
-    list = memory.allocate(4096);
-  }
-  nvme::Sqe command(std::uint8_t opcode, std::uint64_t lba, std::uint32_t blocks, std::uint64_t at,
-                    std::uint32_t flags = 0) {
-    nvme::Sqe sqe = io(opcode, lba, blocks, at, at + 4096);
-    sqe.cdw12 |= flags;
-    if (blocks > 16) {
-      for (std::uint64_t i = 1; i * 4096 < std::uint64_t{blocks} * 512; ++i) {
-        memory.at<std::uint64_t>(list)[i - 1] = at + i * 4096;
-      }
-      sqe.prp2 = list;
-    }
-    return sqe;
-  }
-  std::uint16_t move(std::uint8_t opcode, std::uint64_t lba, std::uint32_t blocks, std::uint64_t at,
-                     std::uint32_t flags = 0) {
-    return code(queue, command(opcode, lba, blocks, at, flags));
-  }
-  std::uint16_t flush() {
-    nvme::Sqe sqe{};
-    sqe.opcode = nvme::kNvmFlush;
-    sqe.nsid = 1;
-    return code(queue, sqe);
-  }
-  Pair queue;
-  std::uint64_t from = 0;
-  std::uint64_t to = 0;
-  std::uint64_t list = 0;
-};
 
 }  // namespace
 

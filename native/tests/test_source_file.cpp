@@ -241,10 +241,10 @@ TEST(the_mapping_is_of_the_file_as_it_was_first_mapped) {
   const Bytes bytes = pattern(3 * kMiB, 1);
   write_file(path, bytes);
   const auto file = SourceFile::open(path, kRead);
-  const SourceFile::Mapping* mapping = file->mapping();
+  const gpunvme::FileMapping* mapping = file->mapping();
   CHECK(mapping != nullptr);
-  CHECK_EQ(mapping->nbytes, 3 * kMiB);
-  CHECK_EQ(first_difference(mapping->data, bytes.data(), bytes.size()), -1);
+  CHECK_EQ(mapping->nbytes(), 3 * kMiB);
+  CHECK_EQ(first_difference(mapping->data(), bytes.data(), bytes.size()), -1);
   CHECK(file->mapping() == mapping);
   write_file(directory / "empty", {});
   CHECK(SourceFile::open(directory / "empty", kRead)->mapping() == nullptr);

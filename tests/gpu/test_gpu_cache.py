@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_gpu_queues import EMULATED, GPU, Int64s, few, on_gpu
+from gpu_queue_machine import EMULATED, GPU, Int64s, few, on_gpu
 
 import gpunvme
 from gpunvme import nvme

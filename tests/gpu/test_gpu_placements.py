@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_gpu_queues import BLOCK, CHILD, EMULATED, GPU, HUNG, PRELUDE, few, rows_of, served, some_lbas
+from gpu_queue_machine import BLOCK, CHILD, EMULATED, GPU, HUNG, PRELUDE, few, rows_of, served, some_lbas
 
 import gpunvme
 from gpunvme import nvme
@@ -29,7 +29,7 @@ from gpunvme.nvme.soft import SoftTransport
 from gpunvme.nvme.uri import parse_uri
 
 if EMULATED:
-    from test_gpu_queues import fake
+    from gpu_queue_machine import fake
 else:
     pytestmark = pytest.mark.gpu
 

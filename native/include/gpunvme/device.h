@@ -120,10 +120,7 @@ GPUNVME_DEVICE inline Fate submit(const GpuQueue& queue, Token& token, std::uint
   for (;;) {
     const Lanes lanes = group(queue);
     const Submitted submitted = pair.submit(lanes, token.slot, command, token.cid);
-    if (submitted == Submitted::kOk) {
-      pair.ring(lanes);
-      return Fate::kDone;
-    }
+    if (submitted == Submitted::kOk) return Fate::kDone;
     // The SQ is full of commands that were fetched long ago, or the controller fetches none.
     bool busy = false;
     const bool moved = submitted == Submitted::kFull && pair.reap(lanes, kPatience, busy) != 0;

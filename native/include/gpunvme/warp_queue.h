@@ -154,44 +154,45 @@ class WarpQueue {
     Near(pair_.free_[slot / 32]).or_release(1u << slot % 32);
   }
 
-  // Puts one command for each lane into the SQ; kFull if there is no room for all of them now, which there will be
-  // when completions are reaped. `slot` is the lane's; `cid` is set.
+  // Puts one command for each lane into the SQ and rings, as QueuePair does; kFull if there is no room for all of them
+  // now, which there will be when completions are reaped. `slot` is the lane's; `cid` is set.
   GPUNVME_DEVICE Submitted submit(const Lanes& lanes, std::uint32_t slot, const IoCommand& command,
                                   std::uint16_t& cid) const {
     cid = pair_.next_cid(slot);
     std::uint64_t first = 0;
     std::uint32_t result = 0;
-    if (lanes.leads()) result = static_cast<std::uint32_t>(reserve(lanes.count(), first));
+    std::uint32_t rings = 0;
+    if (lanes.leads()) {
+      // On its way with all that reserve() asks for.
+      const std::uint32_t ringers = Near(pair_.state_->ringers).load_relaxed();
+      const Submitted reserved = reserve(lanes.count(), first);
+      result = static_cast<std::uint32_t>(reserved);
+      if (reserved == Submitted::kOk && ringers == 0) rings = becomes_ringer() ? 1 : 0;
+    }
     const auto reserved = static_cast<Submitted>(lanes.leaders(result));
     if (reserved != Submitted::kOk) return reserved;
     first = lanes.leaders(first);
+    const bool is_ringer = lanes.leaders(rings) != 0;
     const std::uint64_t ticket = first + lanes.rank();
     Near(pair_.slots_[slot].ticket).store_relaxed(ticket);
     Near(pair_.slots_[slot].word).store_relaxed(QueuePair::word_of(QueuePair::kPending, cid));
     write_entries(lanes, first, command, cid);
     lanes.meet();  // lanes wrote parts of each other's entries
-    // Release: whoever rings for this entry sees it written, and the slot pending.
-    Near(pair_.written_[pair_.position(ticket)]).store_release(QueuePair::mark(ticket));
-    lanes.meet();
-    return Submitted::kOk;
-  }
-
-  // As QueuePair::ring.
-  GPUNVME_DEVICE void ring(const Lanes& lanes) const {
-    std::uint32_t others = 0;
-    if (lanes.leads()) others = Near(pair_.state_->ringers).add(1);
-    if (lanes.leaders(others) != 0) return;
-    std::uint32_t served = 1;
-    for (;;) {
-      lanes.meet();  // what the leader acquired, all have
-      ring_for_written(lanes);
-      std::uint32_t came = 0;
-      // Acquire and release as in QueuePair::ring.
-      if (lanes.leads()) came = Near(pair_.state_->ringers).subtract(served);
-      came = lanes.leaders(came);
-      if (came == served) return;
-      served = came - served;
+    Near written(pair_.written_[pair_.position(ticket)]);
+    if (is_ringer) {
+      // Relaxed: only who rings looks at marks, which is this group. Whoever rings later comes to know of the entry by
+      // `ringers`; the controller by the fence before the doorbell.
+      written.store_relaxed(QueuePair::mark(ticket));
+    } else {
+      // Release: whoever rings for this entry sees it written, and the slot pending.
+      written.store_release(QueuePair::mark(ticket));
+      lanes.meet();
+      std::uint32_t others = 0;
+      if (lanes.leads()) others = Near(pair_.state_->ringers).add(1);
+      if (lanes.leaders(others) != 0) return Submitted::kOk;
     }
+    ring_for_all(lanes);
+    return Submitted::kOk;
   }
 
   // Looks for new CQEs, as many as there are lanes at a time, and finishes the commands that they name; how many it
@@ -250,6 +251,29 @@ class WarpQueue {
     std::uint32_t rest = bits;
     for (; count != 0; --count) rest &= rest - 1;
     return bits & ~rest;
+  }
+
+  // To ring before the entries are written saves their release, and that of `ringers`: where nobody else is about it.
+  // Those who come meanwhile are counted, and told of by ring_for_all(), as ever. Called by one lane.
+  GPUNVME_DEVICE bool becomes_ringer() const {
+    std::uint32_t nobody = 0;
+    // Acquire: what the last one has rung for.
+    return Near(pair_.state_->ringers).compare_exchange_acquire(nobody, 1);
+  }
+
+  // Rings until nobody has come meanwhile. By the one group that rings, which `ringers` counts as one.
+  GPUNVME_DEVICE void ring_for_all(const Lanes& lanes) const {
+    std::uint32_t served = 1;
+    for (;;) {
+      lanes.meet();  // what the leader acquired, all have; and the marks of all
+      ring_for_written(lanes);
+      std::uint32_t came = 0;
+      // Acquire and release as in QueuePair::ring.
+      if (lanes.leads()) came = Near(pair_.state_->ringers).subtract(served);
+      came = lanes.leaders(came);
+      if (came == served) return;
+      served = came - served;
+    }
   }
 
   // Room in the SQ for `count` entries that adjoin. Called by one lane.

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpunvme.errors import CommandError, CudaError, DeadlineExceeded, Failed, NvmeError, RangeError, SpanError
-from gpunvme.gpu.arguments import gpu_span, host_or_gpu_integers, warp_shape
+from gpunvme.gpu.arguments import gpu_span, host_or_gpu_integers
+from gpunvme.gpu.cache_gathers import THREADS, CacheGathers
+from gpunvme.gpu.cache_memory import CacheMemory
 from gpunvme.gpu.compile import own_kernels
-from gpunvme.gpu.memory import GpuMemory, aligned
-from gpunvme.memory import address_of
+from gpunvme.gpu.pinned_lines import PinnedLines
 from gpunvme.nvme import spec
 from gpunvme.nvme.movement import describe_failures
 from gpunvme.nvme.namespace import Namespace
@@ -31,11 +32,7 @@ if TYPE_CHECKING:
 _KERNELS = ("layout", "set_up", "gather_found", "gather_missed", "pin", "unpin")
 _ELEMENT_BYTES = (1, 2, 4, 8, 16)
 _LEAST_LINE_BYTES, _MOST_LINE_BYTES = 4096, 65536
-_LAYOUT_WORDS = 8
 _COUNTERS = ("hits", "misses", "loads", "evictions", "failures")  # CacheCounters in page_cache.h
-_THREADS = 128  # of a block, as the kernels are bounded
-_MOST_BLOCKS = 4096
-_CHUNK = 1 << 20  # indices that one launch gathers
 _OWNER = "this array is cached on"
 _QUIET_SECONDS = 5.0
 _TIMEOUT, _STOPPED, _FULL = 1, 2, 3  # Fate in device.h
@@ -77,25 +74,24 @@ class CachedArray:
         self.size = self._length(length)
         self.nbytes = self.size * self.dtype.itemsize
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._freed = False
         self._owned = ExitStack()  # queues and controller, where `open` made them
-        self._pins: dict[tuple[int, int], list[int]] = {}  # (line, lines): times, address of the flags
         program = own_kernels(self._gpu)
         self._kernels = {name: program.kernel("gpunvme_cache_" + name).handle for name in _KERNELS}
-        self._keep = ExitStack()
+        self._memory = memory = CacheMemory(
+            queues,
+            self._kernels,
+            nbytes=self.nbytes,
+            lba=self._lba,
+            line_bytes=self.line_bytes,
+            capacity_bytes=capacity_bytes,
+        )
+        self.capacity_bytes = memory.sets * memory.ways * self.line_bytes
+        self._pins = PinnedLines(self._gpu, memory, self._run_pins, self.check)
         try:
-            self._stream = self._gpu.stream()
-            self._keep.callback(self._gpu.destroy, stream=self._stream)
-            self._event = self._gpu.event()
-            self._keep.callback(self._gpu.destroy, event=self._event)
-            self._used = False  # the event was recorded
-            self._layout()
-            self._sets = self._count_sets(capacity_bytes)
-            self.capacity_bytes = self._sets * self._ways * self.line_bytes
-            self._allocate()
-            self._set_up()
+            self._gathers = CacheGathers(queues, memory, self.dtype.itemsize, self._launch)
         except BaseException:
-            self._free()
+            memory.free()
             raise
         queues._set.keep.callback(self._free)
 
@@ -164,72 +160,6 @@ class CachedArray:
             )
         return length
 
-    def _layout(self) -> None:
-        host, device = self._gpu.allocate_host(4096)
-        try:
-            self._gpu.launch(self._kernels["layout"], (1, 1, 1), (1, 1, 1), [ctypes.c_uint64(device)], self._stream)
-            self._gpu.synchronize(self._stream)
-            words = struct.unpack(f"<{_LAYOUT_WORDS}Q", ctypes.string_at(host, 8 * _LAYOUT_WORDS))
-        finally:
-            self._gpu.free_host(host)
-        self._cache_bytes, self._ways, line_bits, self._control_bytes = map(int, words[:4])
-        self._counter_bytes, self._stripes, self._error_bytes, self._error_set = words[4:]
-        if self.nbytes > self.line_bytes << line_bits:
-            most = self.line_bytes << line_bits
-            raise RangeError(f"the array has {self.nbytes} bytes; with lines of {self.line_bytes}, {most} are the most")
-
-    def _count_sets(self, capacity_bytes: int) -> int:
-        each = self._ways * self.line_bytes
-        sets: int = operator.index(capacity_bytes) // each
-        if sets < 1:
-            raise ValueError(
-                f"capacity_bytes is {capacity_bytes}: a cache has {self._ways} lines of {self.line_bytes} bytes at "
-                f"least, {each} bytes"
-            )
-        sets = min(sets, max(1, -(-self.nbytes // each)))
-        # Odd, so that steps of powers of two come to all of them; but not at the price of what would just fit.
-        return sets - 1 if sets % 2 == 0 and sets * each < self.nbytes else sets
-
-    def _allocate(self) -> None:
-        frames = self._sets * self._ways
-        self._places: dict[str, tuple[int, int]] = {}  # address and size
-        sizes = {"words": frames * 8, "controls": self._sets * self._control_bytes, "failures": frames * 8}
-        for name, nbytes in {**sizes, "lines": frames * self.line_bytes, "missed": 4 * _CHUNK + 8}.items():
-            address = self._gpu.allocate(nbytes)
-            self._keep.callback(self._gpu.free, address)
-            self._places[name] = address, nbytes
-        # Small things that the host looks at.
-        self._counters_at = aligned(self._cache_bytes)
-        self._error_at = self._counters_at + self._stripes * self._counter_bytes
-        self._setup_at = self._error_at + aligned(self._error_bytes)
-        self._small = GpuMemory(self._gpu, self._setup_at + 256)
-        self._keep.callback(self._small.close)
-        self._indices = (0, 0, 0)  # page-locked: address, address for the GPU, bytes
-        self._keep.callback(self._free_indices)
-
-    def _free_indices(self) -> None:
-        host, self._indices = self._indices[0], (0, 0, 0)
-        if host:
-            self._gpu.free_host(host)
-
-    def _set_up(self) -> None:
-        """Let the GPU write the cache as it is in the beginning: empty."""
-        small, block = self._small, self._namespace.block_size
-        for name in ("words", "controls", "failures"):
-            self._gpu.fill(*self._places[name], self._stream)
-        self._gpu.fill(small.address, small.nbytes, self._stream)
-        words = [self.queues.handle, *(self._places[name][0] for name in ("words", "controls", "failures", "lines"))]
-        words += [small.address + self._counters_at, small.address + self._error_at]
-        words += [self._sets, self.line_bytes.bit_length() - 1, self.nbytes, self._lba, -(-self.nbytes // block)]
-        words += [self.queues.count, self.line_bytes // block]
-        setup = np.array(words, np.uint64).view(np.uint8)
-        small.shadow[self._setup_at : self._setup_at + len(setup)] = setup
-        where = small.address + self._setup_at
-        self._gpu.to_gpu(where, small.host + self._setup_at, len(setup), self._stream)
-        arguments = [ctypes.c_uint64(where), ctypes.c_uint64(small.address)]
-        self._gpu.launch(self._kernels["set_up"], (1, 1, 1), (1, 1, 1), arguments, self._stream)
-        self._gpu.synchronize(self._stream)
-
     # --- using
 
     def _check_usable(self) -> None:
@@ -241,7 +171,7 @@ class CachedArray:
     def handle(self) -> int:
         """Device address of the ``gpunvme::PageCache``, for kernels of your own."""
         self._check_usable()
-        return self._small.address
+        return self._memory.address
 
     @staticmethod
     def source() -> str:
@@ -283,33 +213,14 @@ class CachedArray:
         queue = stream_handle(stream, out, self.device) or 0
         with self._lock, self.queues._set.gate:
             self.queues._set.wait_until_up()
-            if isinstance(places, np.ndarray):
-                places = self._upload(places)
-            if self._used:
-                self._gpu.wait_event(queue, self._event)  # they share the list of what was missed
-            for first in range(0, count, _CHUNK):
-                self._launch_gather(places + 8 * first, span.ptr + first * each, min(_CHUNK, count - first), queue)
-            self._gpu.record(self._event, queue)
-            self._used = True
+            self._gathers.launch(places, count, span.ptr, queue)
         if wait:
             self._gpu.synchronize(queue)
             self.check()
 
-    def _launch_gather(self, indices: int, out: int, count: int, stream: int) -> None:
-        missed = self._places["missed"][0]
-        slots = self.queues.depth - 1
-        width, batch = warp_shape(slots)
-        job = struct.pack("<5Q", self.handle, indices, out, count, self.dtype.itemsize)
-        job += struct.pack("<4Q", missed + 8, missed, width, batch)
-        self._gpu.fill(missed, 8, stream)
-        self._launch("gather_found", job, min(-(-count // _THREADS), _MOST_BLOCKS), stream)
-        # As many lanes with reads as there are slots: more would only wait for one.
-        warps = min(-(-count // width), self.queues.count * -(-slots // width))
-        self._launch("gather_missed", job, -(-warps * 32 // _THREADS), stream)
-
     def _launch(self, kernel: str, job: bytes, blocks: int, stream: int) -> None:
         packed = [ctypes.create_string_buffer(job, len(job))]
-        self._gpu.launch(self._kernels[kernel], (blocks, 1, 1), (_THREADS, 1, 1), packed, stream)
+        self._gpu.launch(self._kernels[kernel], (blocks, 1, 1), (THREADS, 1, 1), packed, stream)
 
     def _index_array(self, indices: Any) -> tuple[NDArray[np.int64] | int, int]:
         places, count = host_or_gpu_integers(indices, "indices", self.device, _OWNER)
@@ -317,19 +228,6 @@ class CachedArray:
             bad = int(places[(places < 0) | (places >= self.size)][0])
             raise RangeError(f"there is no element {bad}: the array has {self.size}")
         return places, count
-
-    def _upload(self, indices: NDArray[np.int64]) -> int:
-        """Page-locked memory with the indices; its address for the GPU."""
-        host, device, nbytes = self._indices
-        if self._used:
-            while not self._gpu.happened(self._event):  # the last gather may still read them
-                threading.Event().wait(0.0001)
-        if nbytes < indices.nbytes:
-            self._free_indices()
-            host, device = self._gpu.allocate_host(indices.nbytes)
-            self._indices = host, device, indices.nbytes
-        ctypes.memmove(host, address_of(indices), indices.nbytes)
-        return device
 
     # --- lines that stay
 
@@ -351,33 +249,9 @@ class CachedArray:
             If they cannot be read; then none is pinned.
         """
         self._check_usable()
-        line, lines = key = self._lines(first, count)
+        line, lines = self._lines(first, count)
         with self._lock:
-            if key in self._pins:
-                self._pins[key][0] += 1
-                return
-            taken = np.zeros(self._sets, np.int64)
-            for start, number in (*self._pins, key):
-                taken += number // self._sets
-                taken[(start + np.arange(number % self._sets)) % self._sets] += 1
-            if taken.max() >= self._ways:
-                raise ValueError(
-                    f"{lines} lines cannot be pinned: each set of {self._ways} lines must keep one for others, and "
-                    f"with those that are pinned some would not; the cache has {self._sets} sets"
-                )
-            flags = self._gpu.allocate(lines)
-            try:
-                self._gpu.fill(flags, lines, self._stream)
-                self._run_pins("pin", line, lines, flags)
-                try:
-                    self.check()
-                except NvmeError:
-                    self._run_pins("unpin", line, lines, flags)
-                    raise
-            except BaseException:
-                self._gpu.free(flags)
-                raise
-            self._pins[key] = [1, flags]
+            self._pins.pin(line, lines)
 
     def unpin(self, first: int = 0, count: int | None = None) -> None:
         """Undo one `pin` of the same elements.
@@ -388,15 +262,11 @@ class CachedArray:
             If they are not pinned.
         """
         self._check_usable()
-        line, lines = key = self._lines(first, count)
+        line, lines = self._lines(first, count)
         with self._lock:
-            if key not in self._pins:
+            if (line, lines) not in self._pins:
                 raise ValueError(f"elements {first} to {first + (count or self.size - first)} were not pinned together")
-            self._pins[key][0] -= 1
-            if self._pins[key][0] == 0:
-                flags = self._pins.pop(key)[1]
-                self._run_pins("unpin", line, lines, flags)
-                self._gpu.free(flags)
+            self._pins.unpin(line, lines)
 
     def _lines(self, first: int, count: int | None) -> tuple[int, int]:
         first = operator.index(first)
@@ -410,17 +280,11 @@ class CachedArray:
     def _run_pins(self, kernel: str, line: int, lines: int, flags: int) -> None:
         with self.queues._set.gate:
             self.queues._set.wait_until_up()
-            blocks = min(-(-lines // _THREADS), self.queues.count * 2)
-            self._launch(kernel, struct.pack("<4Q", self.handle, flags, line, lines), blocks, self._stream)
-        self._gpu.synchronize(self._stream)
+            blocks = min(-(-lines // THREADS), self.queues.count * 2)
+            self._launch(kernel, struct.pack("<4Q", self.handle, flags, line, lines), blocks, self._memory.stream)
+        self._gpu.synchronize(self._memory.stream)
 
     # --- looking after it
-
-    def _look(self, at: int, nbytes: int) -> bytes:
-        with self.queues._set.looking:
-            self._gpu.to_host(self._small.host + at, self._small.address + at, nbytes, self._stream)
-            self._gpu.synchronize(self._stream)
-            return ctypes.string_at(self._small.host + at, nbytes)
 
     def stats(self) -> dict[str, int]:
         """Counters since it was made or cleared.
@@ -430,8 +294,7 @@ class CachedArray:
         could not be read.
         """
         self._check_usable()
-        words = np.frombuffer(self._look(self._counters_at, self._stripes * self._counter_bytes), np.uint64)
-        totals = words.reshape(self._stripes, -1).sum(0)
+        totals = self._memory.counters()
         return {name: int(total) for name, total in zip(_COUNTERS, totals, strict=False)}
 
     def check(self) -> None:
@@ -447,12 +310,10 @@ class CachedArray:
             If no frame was free for a line: threads held them all.
         """
         self._check_usable()
-        state, each, index, word = struct.unpack("<IIQQ", self._look(self._error_at, 24))
-        if state != self._error_set:
+        error = self._memory.take_error()
+        if error is None:
             return
-        with self.queues._set.looking:
-            self._gpu.fill(self._small.address + self._error_at, self._error_bytes, self._stream)
-            self._gpu.synchronize(self._stream)
+        each, index, word = error
         if index >= self.nbytes // each:
             raise RangeError(f"a kernel asked for element {index}; the array has {self.nbytes // each} of {each} bytes")
         name, line = self._namespace.name, index * each // self.line_bytes
@@ -481,7 +342,7 @@ class CachedArray:
             if self._pins:
                 raise ValueError("lines are pinned; unpin them first")
             self._gpu.synchronize()
-            self._set_up()
+            self._memory.set_up()
 
     # --- ending
 
@@ -515,14 +376,12 @@ class CachedArray:
 
     def _free(self) -> None:
         self._closed = True
-        pins, self._pins = self._pins, {}
-        keep = self._keep.pop_all()
-        for _, flags in pins.values():
-            keep.callback(self._gpu.free, flags)
-        try:
-            keep.close()
-        except CudaError:
-            pass  # the driver has taken everything
+        if self._freed:
+            return
+        self._freed = True
+        self._pins.free()
+        self._gathers.free()
+        self._memory.free()
 
     def __len__(self) -> int:
         return self.size

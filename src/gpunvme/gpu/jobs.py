@@ -52,17 +52,17 @@ class Room:
         self.records = gpu.allocate(MOST_RECORDS * _RECORD.itemsize)
         self.state = gpu.allocate(STATE_BYTES)
         self.pieces = gpu.allocate(pieces)
-        # Page-locked: what a job says in the end, its failures, one word, and LBAs that come from the host.
+        # Page-locked: what a job says in the end, its failures, one word, and LBAs or extents that come from the host.
         self._records_at = 64
-        self._lbas_at = self._records_at + MOST_RECORDS * _RECORD.itemsize
-        self.nbytes = self._lbas_at + 8 * pieces
+        self._table_at = self._records_at + MOST_RECORDS * _RECORD.itemsize
+        self.nbytes = self._table_at + 8 * pieces
         self.host, self.host_on_gpu = gpu.allocate_host(self.nbytes)
         self.event = gpu.event()
 
     @property
-    def lbas(self) -> tuple[int, int]:
-        """Where LBAs are put: for the host, for the GPU."""
-        return self.host + self._lbas_at, self.host_on_gpu + self._lbas_at
+    def table(self) -> tuple[int, int]:
+        """Where LBAs or extents are put: for the host, for the GPU. 8 bytes for each piece."""
+        return self.host + self._table_at, self.host_on_gpu + self._table_at
 
     def begin(self, stream: int, *, again: bool) -> None:
         """Zero what a launch counts, in the stream's order."""

@@ -96,7 +96,7 @@ class KeptQueues:
         try:
             self.gpu = Gpu(device.index)
             self._cut = own_kernels(self.gpu).kernel("gpunvme_cut")
-            self._lanes = [Lane(self.gpu)]
+            self._lanes = [Lane(self.gpu), Lane(self.gpu)]
         except BaseException:
             self.queues.close()
             raise
@@ -116,7 +116,8 @@ class KeptQueues:
         with self._lock:
             if self._lanes:
                 return self._lanes.pop()
-        return Lane(self.gpu)
+        lane: Lane = self.queues._moves.while_quiet(lambda: Lane(self.gpu))
+        return lane
 
     def give_lane(self, lane: Lane) -> None:
         """Give one back, when nothing of it is in flight."""
@@ -130,8 +131,19 @@ class KeptQueues:
         """Copy parts of blocks from a lane's memory to where they are wanted; its event happens when that is done."""
         lane.write_table(cuts)
         blocks = min(_MOST_CUT_BLOCKS, -(-len(cuts) * 32 // _CUT_THREADS))
-        self._cut.launch(blocks, _CUT_THREADS, lane.table, len(cuts), stream=lane.stream)
-        self.gpu.record(lane.event, lane.stream)
+
+        def launch() -> None:
+            self._cut.launch(blocks, _CUT_THREADS, lane.table, len(cuts), stream=lane.stream)
+            self.gpu.record(lane.event, lane.stream)
+
+        self.queues._moves.begin_brief(launch, lane.event)
+
+    def has_cut(self, lane: Lane) -> bool:
+        """Whether the last `cut` is done."""
+        done = self.gpu.happened(lane.event)
+        if done:
+            self.queues._moves.end_brief(lane.event)
+        return done
 
     def speed(self, *, gather: bool) -> float | None:
         """Bytes per second of the last large transfer, or gather."""

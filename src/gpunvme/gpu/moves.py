@@ -7,6 +7,7 @@ import operator
 import struct
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
     from gpunvme.nvme.namespace import Namespace
 
 _ROW_THREADS, _STREAM_THREADS = 128, 256  # of a block, as the kernels are bounded
-_ROOM_PIECES = 1 << 20
+# Of the rooms that are there from the beginning: for so many jobs at once, one of them large.
+_ROOM_PIECES = (1 << 17, 1 << 17, 1 << 17, 1 << 20)
+# One piece of what `Moves.extents` reads: Extent in kernels/stream.cu.
+EXTENT = np.dtype([("lba", "u8"), ("memory", "u8"), ("blocks", "u8")])
+# So many of them fit into the largest of these rooms.
+MOST_EXTENTS = max(_ROOM_PIECES) * 8 // EXTENT.itemsize
+_LOOK_SECONDS = 0.002  # that one of several jobs is looked after
 _OWNER = "these queues are driven by"
 
 
@@ -39,13 +46,14 @@ class _Work:
 
     kernel: str
     opcode: int
-    span: Span
+    memory: int
+    nbytes: int
     pieces: int
     piece_blocks: int
     grid: int
     threads: int
     tail: bytes  # of the kernel's argument: what is its own
-    lbas: NDArray[np.int64] | int | None  # of rows: the host's, or an address on the GPU
+    table: NDArray[Any] | int  # LBAs of rows, or extents: the host's, or an address on the GPU
     stream: int
 
 
@@ -74,14 +82,18 @@ class Moves:
         self._kernels = kernels
         self._slots, self._piece_blocks = queues.shape.slots, queues.shape.piece_blocks
         self._row_shape = warp_shape(self._slots)
-        self._lock = threading.Lock()
-        self._rooms: list[Room] = []
+        self._changed = threading.Condition()  # of what follows
+        self._rooms: list[Room] = []  # by size
+        self._out = 0  # rooms in use
+        self._brief: set[int] = set()  # events of kernels besides, which wait for nothing
+        self._quiet = 0  # who waits for kernels to end
         self._last_stream_job = 0  # its event
         block_bytes, controller = namespace.block_size, namespace.controller
         self._stream_memory = StreamMemory(gpu, controller, block_bytes, queues.stream, queues.shared)
         queues.keep.callback(self._stream_memory.close)
-        self._rooms.append(Room(gpu, _ROOM_PIECES))
         queues.keep.callback(self._free_rooms)
+        for pieces in _ROOM_PIECES:
+            self._rooms.append(Room(gpu, pieces))
 
     def stream(self, lba: int, nbytes: int, out: Any, stream: Any, wait: bool, timeout: float | None) -> Transfer:
         """As `GpuQueues.stream`."""
@@ -96,16 +108,48 @@ class Moves:
         work = _Work(
             kernel="stream",
             opcode=spec.NvmOpcode.READ,
-            span=span,
+            memory=span.ptr,
+            nbytes=span.nbytes,
             pieces=pieces,
             piece_blocks=memory.piece_blocks,
             grid=max(1, min(memory.blocks, pieces)),
             threads=_STREAM_THREADS,
-            tail=struct.pack("<4Q", memory.table, memory.stages, lba, blocks),
-            lbas=None,
+            tail=struct.pack("<5Q", memory.table, memory.stages, pieces, lba, blocks),
+            table=0,
             stream=stream_handle(stream, out, self._device) or 0,
         )
         return self._start(work, (span, out), wait, timeout)
+
+    def extents(self, table: NDArray[np.void], stream: int) -> Transfer:
+        """Read many runs of blocks to different places by one launch, which nobody waits for.
+
+        Parameters
+        ----------
+        table
+            `EXTENT`: runs of at most `extent_blocks`, in the namespace, to memory of this GPU that the caller keeps.
+        stream
+            Handle of the stream that it is ordered in.
+        """
+        memory = self._stream_memory
+        work = _Work(
+            kernel="stream",
+            opcode=spec.NvmOpcode.READ,
+            memory=0,
+            nbytes=int(table["blocks"].sum()) * self._namespace.block_size,
+            pieces=len(table),
+            piece_blocks=memory.piece_blocks,
+            grid=max(1, min(memory.blocks, len(table))),
+            threads=_STREAM_THREADS,
+            tail=struct.pack("<5Q", memory.table, memory.stages, len(table), 0, 0),
+            table=table,
+            stream=stream,
+        )
+        return self._start(work, None, False, None)
+
+    @property
+    def extent_blocks(self) -> int:
+        """Blocks that one extent may have."""
+        return self._stream_memory.piece_blocks
 
     def rows(
         self, kernel: str, lbas: Any, memory: Any, blocks: int | None, stream: Any, wait: bool, timeout: float | None
@@ -137,13 +181,14 @@ class Moves:
         work = _Work(
             kernel=kernel,
             opcode=spec.NvmOpcode.READ if kernel == "gather" else spec.NvmOpcode.WRITE,
-            span=span.part(0, total),
+            memory=span.ptr,
+            nbytes=total,
             pieces=pieces,
             piece_blocks=self._piece_blocks,
             grid=max(1, -(-warps * 32 // _ROW_THREADS)),
             threads=_ROW_THREADS,
             tail=struct.pack("<5Q", rows, blocks, row_pieces, width, batch),
-            lbas=places,
+            table=places,
             stream=stream_handle(stream, memory, self._device) or 0,
         )
         return self._start(work, (span, memory, lbas), wait, timeout)
@@ -158,7 +203,8 @@ class Moves:
 
     def _start(self, work: _Work, keep: object, wait: bool, timeout: float | None) -> Transfer:
         self._set.check_usable()
-        room = self._take_room(work.pieces)
+        table = work.table if isinstance(work.table, np.ndarray) else None
+        room = self._take_room(max(work.pieces, 0 if table is None else -(-table.nbytes // 8)))
         movement = KernelMovement(
             self,
             room,
@@ -166,27 +212,26 @@ class Moves:
             work.kernel,
             work.opcode,
             work.pieces,
-            work.span.nbytes,
+            work.nbytes,
             repeat=wait,
         )
         self._set.jobs.add(movement)
         try:
-            if isinstance(work.lbas, np.ndarray):
-                ctypes.memmove(room.lbas[0], address_of(work.lbas), work.lbas.nbytes)
+            if table is not None:
+                ctypes.memmove(room.table[0], address_of(table), table.nbytes)
             movement.begin()
         except BaseException:
             self.job_ended(movement, room)
             raise
         deadline = None if timeout is None else time.monotonic() + timeout
-        transfer = Transfer(movement, work.span.nbytes, keep=(self, keep), deadline=deadline)
+        transfer = Transfer(movement, work.nbytes, keep=(self, keep), deadline=deadline)
         return transfer.wait() if wait else transfer
 
     def _launch(self, work: _Work, room: Room, *, again: bool) -> None:
         # Job in kernels/job.cuh, then what is the kernel's own.
-        argument = struct.pack("<5Q", self._set.handle, room.state, room.records, room.pieces, work.span.ptr)
+        argument = struct.pack("<5Q", self._set.handle, room.state, room.records, room.pieces, work.memory)
         argument += struct.pack("<3Q", self._count, MOST_RECORDS, work.piece_blocks)
-        if work.lbas is not None:
-            argument += struct.pack("<Q", room.lbas[1] if isinstance(work.lbas, np.ndarray) else work.lbas)
+        argument += struct.pack("<Q", room.table[1] if isinstance(work.table, np.ndarray) else work.table)
         argument += work.tail
         packed = [ctypes.create_string_buffer(argument, len(argument))]
         with self._set.gate:
@@ -217,17 +262,74 @@ class Moves:
         self._set.recover()
 
     def _take_room(self, pieces: int) -> Room:
-        with self._lock:
-            room = next((room for room in self._rooms if room.most_pieces >= pieces), None)
-            if room is not None:
-                self._rooms.remove(room)
-        room = room or Room(self.gpu, max(_ROOM_PIECES, pieces))
-        with self._set.looking:
-            room.set_stop(False, self._set.stream)
+        room = None
+        while room is None:
+            self._set.check_usable()
+            with self._changed:
+                # Whoever waits for quiet looks after what is in flight; nothing of this thread's is needed for it.
+                self._changed.wait_for(lambda: self._quiet == 0)
+                room = next((room for room in self._rooms if room.most_pieces >= pieces), None)
+                if room is not None:
+                    self._rooms.remove(room)
+                    self._out += 1
+            if room is None:
+                self.while_quiet(lambda: self._add_room(pieces))
+        try:
+            with self._set.looking:
+                room.set_stop(False, self._set.stream)
+        except BaseException:
+            self._give_room(room)
+            raise
         return room
 
+    def _add_room(self, pieces: int) -> None:
+        if not any(room.most_pieces >= pieces for room in self._rooms):  # somebody else may have been faster
+            self._rooms.append(Room(self.gpu, pieces))
+            self._rooms.sort(key=lambda room: room.most_pieces)
+
+    def _give_room(self, room: Room) -> None:
+        with self._changed:
+            self._out -= 1
+            self._rooms.append(room)
+            self._rooms.sort(key=lambda room: room.most_pieces)
+            self._changed.notify_all()
+
+    def while_quiet(self, make: Callable[[], Any]) -> Any:
+        """Call ``make`` while no job of these queues is in flight, and begin none meanwhile; what it returns.
+
+        For what CUDA may put off until kernels have ended: allocating, above all. Jobs that are in flight are looked
+        after until they have ended. Kernels of the caller's own are not known here.
+        """
+        with self._changed:
+            self._quiet += 1
+        try:
+            while True:
+                with self._changed:
+                    self._brief = {event for event in self._brief if not self.gpu.happened(event)}
+                    if self._out == 0 and not self._brief:
+                        return make()
+                for job in list(self._set.jobs):
+                    job.wait(_LOOK_SECONDS)
+                with self._changed:
+                    self._changed.wait(_LOOK_SECONDS)
+        finally:
+            with self._changed:
+                self._quiet -= 1
+                self._changed.notify_all()
+
+    def begin_brief(self, launch: Callable[[], None], event: int) -> None:
+        """Launch a kernel that waits for nothing, before ``event``, which the caller owns until `end_brief`."""
+        with self._changed:
+            launch()
+            self._brief.add(event)
+
+    def end_brief(self, event: int) -> None:
+        """Say that the event has happened, and may be used for something else."""
+        with self._changed:
+            self._brief.discard(event)
+
     def _free_rooms(self) -> None:
-        with self._lock:
+        with self._changed:
             rooms, self._rooms = self._rooms, []
         for room in rooms:
             room.free()
@@ -245,5 +347,4 @@ class Moves:
     def job_ended(self, movement: KernelMovement, room: Room) -> None:
         """A job is over: its room may be used again."""
         self._set.jobs.discard(movement)
-        with self._lock:
-            self._rooms.append(room)
+        self._give_room(room)

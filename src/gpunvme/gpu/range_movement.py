@@ -1,7 +1,8 @@
 """Ranges of a namespace's bytes, moved by kernels: what the ``gpu-nvme`` path does for one namespace.
 
 Whole blocks go to their place at once. Where only a part of a block is wanted, whole blocks are read into GPU memory
-of the path's own, and a kernel cuts the part out. Kernels are launched on a stream of the path's own when the work that
+of the path's own, and a kernel cuts the part out. What is pending goes by one launch, as far as it fits: rows of one
+size to memory that adjoins, or a table of ranges. Kernels are launched on a stream of the path's own when the work that
 was queued on the caller's stream has ended, never before: none of ours may wait there for work that waits for us. One
 at a time is in flight: a second one may need memory, and allocating that may wait for the first.
 """
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from gpunvme.errors import Cancelled, CommandError, DeadlineExceeded, Error, Failed
 from gpunvme.gpu.kept import CUT, MOST_CUTS, KeptQueues
+from gpunvme.gpu.moves import EXTENT, MOST_EXTENTS
 from gpunvme.memory import Span
 from gpunvme.nvme.movement import describe_failures
 from gpunvme.transfer import Report, Transfer, format_bytes
@@ -70,6 +72,21 @@ class _Pending:
 
     def __bool__(self) -> bool:
         return bool(self.ranges or self.rows or self.cuts)
+
+
+def _cut_up(
+    lbas: NDArray[np.uint64], blocks: NDArray[np.uint64], addresses: NDArray[np.uint64], most: int, block_bytes: int
+) -> NDArray[np.void]:
+    """Ranges as extents of at most ``most`` blocks each, in order."""
+    counts = (blocks.astype(np.int64) + most - 1) // most
+    whose = np.repeat(np.arange(len(counts)), counts)
+    # Number of each extent within its range, then its first block there.
+    done = (np.arange(len(whose)) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.uint64) * np.uint64(most)
+    table = np.empty(len(whose), EXTENT)
+    table["lba"] = lbas[whose] + done
+    table["memory"] = addresses[whose] + done * np.uint64(block_bytes)
+    table["blocks"] = np.minimum(blocks[whose] - done, np.uint64(most))
+    return table
 
 
 class RangeMovement:
@@ -224,7 +241,7 @@ class RangeMovement:
     def _launch_next(self) -> _Launch | None:
         pending = self._pending
         if pending.ranges:
-            return self._launch_range(*pending.ranges.popleft())
+            return self._launch_write() if self._order.write else self._launch_ranges()
         most = min(MOST_CUTS, self._lane.bounce.nbytes // self._block)
         if not pending.rows and pending.cuts and (self._sealed or len(pending.cuts) >= most):
             some, pending.cuts = pending.cuts[:most], pending.cuts[most:]
@@ -236,15 +253,34 @@ class RangeMovement:
         transfer = self._queues.gather(rows.lbas, rows.span, blocks=rows.blocks, stream=self._lane.stream, wait=False)
         return self._launched(transfer, rows.nbytes, rows.cuts)
 
-    def _launch_range(self, lba: int, nbytes: int, address: int) -> _Launch:
-        queues, stream = self._queues, self._lane.stream
+    def _launch_write(self) -> _Launch:
+        lba, nbytes, address = self._pending.ranges.popleft()
         span = Span(address, nbytes, self._order.device)
-        if self._order.write:
-            blocks = nbytes // self._block
-            transfer = queues.scatter(np.array([lba]), span, blocks=blocks, stream=stream, wait=False)
-        else:
-            transfer = queues.stream(lba, nbytes, span, stream=stream, wait=False)
+        blocks = nbytes // self._block
+        transfer = self._queues.scatter(np.array([lba]), span, blocks=blocks, stream=self._lane.stream, wait=False)
         return self._launched(transfer, nbytes, None)
+
+    def _launch_ranges(self) -> _Launch:
+        """Read as many of the pending ranges as one launch may have pieces."""
+        queues, stream, pending = self._queues, self._lane.stream, self._pending.ranges
+        piece = queues._moves.extent_blocks * self._block
+        some, left = [pending.popleft()], MOST_EXTENTS
+        left -= -(-some[0][1] // piece)
+        while pending and (pieces := -(-pending[0][1] // piece)) <= left:
+            left -= pieces
+            some.append(pending.popleft())
+        lbas, sizes, addresses = np.array(some, np.uint64).T
+        total, size = int(sizes.sum()), some[0][1]
+        if len(some) == 1:
+            span = Span(some[0][2], size, self._order.device)
+            return self._launched(queues.stream(some[0][0], size, span, stream=stream, wait=False), size, None)
+        if size <= queues.slot_bytes and np.all(sizes == size) and np.all(np.diff(addresses) == size):
+            span = Span(some[0][2], total, self._order.device)
+            blocks = size // self._block
+            transfer = queues.gather(lbas.astype(np.int64), span, blocks=blocks, stream=stream, wait=False)
+            return self._launched(transfer, total, None)
+        table = _cut_up(lbas, sizes // np.uint64(self._block), addresses, queues._moves.extent_blocks, self._block)
+        return self._launched(queues._moves.extents(table, stream), total, None)
 
     def _launched(self, transfer: Transfer, nbytes: int, cuts: NDArray[np.void] | None) -> _Launch:
         launch = _Launch(transfer, nbytes, cuts)
@@ -264,7 +300,7 @@ class RangeMovement:
 
     def _look(self, launch: _Launch) -> bool:
         if launch.cutting:
-            if not self._kept.gpu.happened(self._lane.event):
+            if not self._kept.has_cut(self._lane):
                 return False
             self._moved += launch.nbytes
             self._bounced += launch.nbytes

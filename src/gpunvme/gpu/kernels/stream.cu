@@ -1,5 +1,6 @@
-// stream: one long run of blocks. Each block of threads has some large buffers of its own and keeps a command in
-// flight for each; when one is done, all its threads copy while the controller fills the others.
+// stream: one long run of blocks, or many runs that go to different places. Each block of threads has some large
+// buffers of its own and keeps a command in flight for each; when one is done, all its threads copy while the
+// controller fills the others.
 #include "job.cuh"
 
 namespace gpunvme {
@@ -12,9 +13,18 @@ struct StreamBuffer {
   std::uint64_t list;    // its PRP list: the pages from the second on
 };
 
+// One piece: what a command reads, and where it goes.
+struct Extent {
+  std::uint64_t lba;
+  unsigned char* memory;
+  std::uint64_t blocks;  // at most Job::piece_blocks
+};
+
 struct StreamJob : Job {
+  const Extent* extents;        // each piece; null: the pieces of one run, from `lba` to Job::memory
   const StreamBuffer* buffers;  // `stages` for each block of threads
   std::uint64_t stages;         // at most kMostStages
+  std::uint64_t count_of_pieces;
   std::uint64_t lba;
   std::uint64_t blocks;
 };
@@ -29,31 +39,32 @@ struct Stage {
   bool busy;
 };
 
-__device__ std::uint32_t blocks_of(const StreamJob& job, std::uint64_t piece) {
-  const std::uint64_t rest = job.blocks - piece * job.piece_blocks;
-  return static_cast<std::uint32_t>(rest < job.piece_blocks ? rest : job.piece_blocks);
+__device__ Extent extent_of(const StreamJob& job, std::uint64_t piece, std::uint64_t block_bytes) {
+  if (job.extents != nullptr) return job.extents[piece];
+  const std::uint64_t first = piece * job.piece_blocks;
+  const std::uint64_t rest = job.blocks - first;
+  return {job.lba + first, job.memory + first * block_bytes, rest < job.piece_blocks ? rest : job.piece_blocks};
 }
 
 // Sends the command for a stage's piece. By the first lane. Does not wait for a slot: the other stages hold some.
-__device__ Fate send(const StreamJob& job, const GpuQueue& queue, const StreamBuffer& buffer, Stage& stage) {
-  const std::uint32_t blocks = blocks_of(job, stage.piece);
+__device__ Fate send(const GpuQueue& queue, const StreamBuffer& buffer, const Extent& extent, Stage& stage) {
+  const auto blocks = static_cast<std::uint32_t>(extent.blocks);
   const std::uint64_t nbytes = std::uint64_t{blocks} * queue.block_bytes;
   const std::uint64_t page = queue.page_bytes;
   const std::uint64_t prp2 = nbytes <= page ? 0 : nbytes <= 2 * page ? buffer.second : buffer.list;
   if (!claim(queue, stage.token)) return WarpQueue(queue.pair).stopped() ? Fate::kStopped : Fate::kFull;
-  const Fate fate =
-      submit(queue, stage.token, kRead, job.lba + stage.piece * job.piece_blocks, blocks, buffer.prp1, prp2);
+  const Fate fate = submit(queue, stage.token, kRead, extent.lba, blocks, buffer.prp1, prp2);
   stage.busy = fate == Fate::kDone;
   return fate;
 }
 
 __device__ void stream(const StreamJob& job) {
-  __shared__ std::uint64_t arrived;  // the piece that is to be copied, or kNothing
+  __shared__ Extent extents[kMostStages];  // of the piece of each stage
+  __shared__ bool arrived;                 // it is to be copied
   constexpr std::uint64_t kNothing = ~std::uint64_t{0};
   const GpuQueue queue = job.queues[blockIdx.x % job.queue_count];
   const StreamBuffer* const buffers = job.buffers + blockIdx.x * job.stages;
-  const std::uint64_t piece_bytes = job.piece_blocks * queue.block_bytes;
-  const std::uint64_t pieces = (job.blocks + job.piece_blocks - 1) / job.piece_blocks;
+  const std::uint64_t pieces = job.count_of_pieces;
   const auto count_of_stages = static_cast<std::uint32_t>(job.stages);
   const bool first_warp = threadIdx.x < 32;
   const bool first = threadIdx.x == 0;
@@ -64,18 +75,21 @@ __device__ void stream(const StreamJob& job) {
   std::uint64_t give_up = now_ns() + queue.timeout_ns;
   bool broken = false;  // a buffer may still be written, or the queue takes nothing
 
-  const auto failed = [&](const Stage& stage, const Outcome& outcome) {
-    report(job, stage.piece, job.lba + stage.piece * job.piece_blocks, blocks_of(job, stage.piece), queue, outcome);
+  const auto failed = [&](std::uint32_t number, const Outcome& outcome) {
+    const Extent& extent = extents[number];
+    report(job, stages[number].piece, extent.lba, static_cast<std::uint32_t>(extent.blocks), queue, outcome);
   };
-  const auto fill = [&](Stage& stage, const StreamBuffer& buffer) {
+  const auto fill = [&](std::uint32_t number) {
+    Stage& stage = stages[number];
     stage.busy = false;
     stage.piece = kNothing;
     while (!broken && next < pieces && job.pieces[next] != kUnsettled) next += gridDim.x;
     broken = broken || is_told_to_stop(*job.state);
     if (broken || next >= pieces) return;
     stage.piece = next;
+    extents[number] = extent_of(job, next, queue.block_bytes);
     stage.tries = 0;
-    const Fate fate = send(job, queue, buffer, stage);
+    const Fate fate = send(queue, buffers[number], extents[number], stage);
     if (fate == Fate::kDone) {
       next += gridDim.x;
       give_up = now_ns() + queue.timeout_ns;
@@ -83,23 +97,25 @@ __device__ void stream(const StreamJob& job) {
     }
     if (fate == Fate::kStopped || now_ns() > give_up) {
       broken = true;
-      failed(stage, {fate, 0, 0});
+      failed(number, {fate, 0, 0});
     }
     stage.piece = kNothing;  // later
   };
   // Looks after a stage's command; whether it is over, and in `outcome` how.
-  const auto tend = [&](Stage& stage, const StreamBuffer& buffer, Outcome& outcome) {
+  const auto tend = [&](std::uint32_t number, Outcome& outcome) {
+    Stage& stage = stages[number];
     if (!poll(queue, stage.token, outcome)) return false;
     stage.busy = false;
     if (outcome.fate != Fate::kDone) return true;
     ++commands;
     finish(queue, stage.token);
     // The same command again, where its status allows it.
-    return !outcome.may_retry() || ++stage.tries == kTries || send(job, queue, buffer, stage) != Fate::kDone;
+    if (!outcome.may_retry() || ++stage.tries == kTries) return true;
+    return send(queue, buffers[number], extents[number], stage) != Fate::kDone;
   };
 
   if (first) {
-    for (std::uint32_t number = 0; number < count_of_stages; ++number) fill(stages[number], buffers[number]);
+    for (std::uint32_t number = 0; number < count_of_stages; ++number) fill(number);
   }
   for (std::uint32_t number = 0;; number = number + 1 < count_of_stages ? number + 1 : 0) {
     Stage& stage = stages[number];
@@ -107,37 +123,37 @@ __device__ void stream(const StreamJob& job) {
       Outcome outcome{Fate::kDone, 0, 0};
       for (;;) {
         std::uint32_t over = 1;
-        if (first && stage.busy) over = tend(stage, buffers[number], outcome) ? 1 : 0;
+        if (first && stage.busy) over = tend(number, outcome) ? 1 : 0;
         if (__shfl_sync(0xffffffff, over, 0) != 0) break;
         reap(queue);
         __syncwarp();
       }
       if (first) {
-        arrived = stage.piece != kNothing && outcome.ok() ? stage.piece : kNothing;
+        arrived = stage.piece != kNothing && outcome.ok();
         if (!outcome.ok()) {
           if (outcome.fate == Fate::kDone) {
             job.pieces[stage.piece] = kFailed;
           } else {
             broken = true;
           }
-          failed(stage, outcome);
+          failed(number, outcome);
         }
       }
     }
     __syncthreads();
-    const std::uint64_t piece = arrived;
-    if (piece != kNothing) {
-      detail::copy(job.memory + piece * piece_bytes, buffers[number].data,
-                   std::uint64_t{blocks_of(job, piece)} * queue.block_bytes, threadIdx.x, blockDim.x);
+    const bool copies = arrived;
+    if (copies) {
+      const Extent& extent = extents[number];
+      detail::copy(extent.memory, buffers[number].data, extent.blocks * queue.block_bytes, threadIdx.x, blockDim.x);
     }
     __syncthreads();  // the buffer was read
     bool any = false;
     if (first) {
-      if (piece != kNothing) {
-        job.pieces[piece] = kMoved;
+      if (copies) {
+        job.pieces[stage.piece] = kMoved;
         ++moved;
       }
-      fill(stage, buffers[number]);
+      fill(number);
       for (std::uint32_t each = 0; each < count_of_stages; ++each) any = any || stages[each].busy;
       if (!any) reap(queue);  // nobody else may be left to do it
       any = any || (!broken && next < pieces);
@@ -149,6 +165,6 @@ __device__ void stream(const StreamJob& job) {
 
 }  // namespace gpunvme
 
-extern "C" __global__ void __launch_bounds__(256) gpunvme_stream(const __grid_constant__ gpunvme::StreamJob job) {
+extern "C" __global__ void __launch_bounds__(256, 2) gpunvme_stream(const __grid_constant__ gpunvme::StreamJob job) {
   gpunvme::stream(job);
 }

@@ -1,0 +1,96 @@
+"""Launches that gather elements of a `CachedArray`: what is there at once, then what has to be read."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpunvme.errors import CudaError
+from gpunvme.gpu.arguments import warp_shape
+from gpunvme.gpu.cache_memory import CHUNK, CacheMemory
+from gpunvme.memory import address_of
+
+if TYPE_CHECKING:
+    from gpunvme.gpu.queues import GpuQueues
+
+THREADS = 128  # of a block, as the kernels are bounded
+_MOST_BLOCKS = 4096
+
+
+class CacheGathers:
+    """What gathers of one cache share. The caller sees to it that one thread at a time is here.
+
+    Parameters
+    ----------
+    queues, memory
+        Through which lines are read, and the cache.
+    element_bytes
+        Of an element.
+    launch
+        ``launch(kernel, job, blocks, stream)`` launches one of the cache's kernels.
+    """
+
+    def __init__(
+        self, queues: GpuQueues, memory: CacheMemory, element_bytes: int, launch: Callable[[str, bytes, int, int], None]
+    ) -> None:
+        self._queues, self._gpu, self._memory = queues, queues.gpu, memory
+        self._element_bytes, self._launch = element_bytes, launch
+        self._event = self._gpu.event()
+        self._used = False  # the event was recorded
+        self._indices = (0, 0, 0)  # page-locked: address, address for the GPU, bytes
+
+    def launch(self, indices: NDArray[np.int64] | int, count: int, out: int, stream: int) -> None:
+        """Gather to an address, in the order of a stream; ``indices`` on the host, or an address on the GPU."""
+        if isinstance(indices, np.ndarray):
+            indices = self._upload(indices)
+        if self._used:
+            self._gpu.wait_event(stream, self._event)  # they share the list of what was missed
+        for first in range(0, count, CHUNK):
+            here = out + first * self._element_bytes
+            self._launch_chunk(indices + 8 * first, here, min(CHUNK, count - first), stream)
+        self._gpu.record(self._event, stream)
+        self._used = True
+
+    def _launch_chunk(self, indices: int, out: int, count: int, stream: int) -> None:
+        memory, missed = self._memory, self._memory.missed
+        slots = self._queues.depth - 1
+        width, batch = warp_shape(slots)
+        job = struct.pack("<5Q", memory.address, indices, out, count, self._element_bytes)
+        job += struct.pack("<4Q", missed + 8, missed, width, batch)
+        self._gpu.fill(missed, 8, stream)
+        self._launch("gather_found", job, min(-(-count // THREADS), _MOST_BLOCKS), stream)
+        # As many lanes with reads as there are slots: more would only wait for one.
+        warps = min(-(-count // width), self._queues.count * -(-slots // width))
+        self._launch("gather_missed", job, -(-warps * 32 // THREADS), stream)
+
+    def _upload(self, indices: NDArray[np.int64]) -> int:
+        """Page-locked memory with the indices; its address for the GPU."""
+        host, device, nbytes = self._indices
+        if self._used:
+            while not self._gpu.happened(self._event):  # the last gather may still read them
+                time.sleep(0.0001)
+        if nbytes < indices.nbytes:
+            self._free_indices()
+            host, device = self._gpu.allocate_host(indices.nbytes)
+            self._indices = host, device, indices.nbytes
+        ctypes.memmove(host, address_of(indices), indices.nbytes)
+        return device
+
+    def _free_indices(self) -> None:
+        host, self._indices = self._indices[0], (0, 0, 0)
+        if host:
+            self._gpu.free_host(host)
+
+    def free(self) -> None:
+        """Give everything back: nothing of it is used any more."""
+        try:
+            self._free_indices()
+        except CudaError:
+            pass  # a kernel failed, and with it the whole context: the driver has taken everything
+        self._gpu.destroy(event=self._event)
