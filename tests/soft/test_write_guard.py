@@ -78,24 +78,25 @@ def test_data_on_a_controller_of_another_process(
     assert image.read_bytes()[:4096] in (BLOCK.tobytes(), bytes(4096))
 
 
-def test_only_the_catalogs_writer_passes_where_a_catalog_is(socket: Path, tmp_path: Path) -> None:
+def test_only_the_catalogs_writer_passes_where_a_catalog_is(socket: Path) -> None:
     """Whoever may write a catalog does not open the door for others, before, meanwhile or afterwards."""
     controller = _native.SoftController({"size": SIZE})
     try:
-        with serving(socket, controller), nvme.open(f"vfio-user:{socket}") as opened:
-            namespace = opened.namespace()
-            namespace.write_from(np.zeros(512, np.uint8), 100)  # nothing is there yet: anybody may
-            with gpunvme.Catalog.create(namespace) as catalog:
-                catalog.add(1, b"one")
-                with pytest.raises(gpunvme.UnsafeDeviceError, match="gpunvme catalog"):
-                    namespace.write_from(BLOCK, 0)
-                catalog.add(2, b"two")
-            with gpunvme.open(namespace, "r+") as file:
+        with serving(socket, controller):
+            with nvme.open(f"vfio-user:{socket}") as opened:
+                namespace = opened.namespace()
+                namespace.write_from(np.zeros(512, np.uint8), 100)  # nothing is there yet: anybody may
+                with gpunvme.Catalog.create(namespace) as catalog:
+                    catalog.add(1, b"one")
+                    with pytest.raises(gpunvme.UnsafeDeviceError, match="gpunvme catalog"):
+                        namespace.write_from(BLOCK, 0)
+                    catalog.add(2, b"two")
+            with nvme.open(f"vfio-user:{socket}") as opened, gpunvme.open(opened.namespace(), "r+") as file:
                 with gpunvme.Catalog(file, "r+") as catalog:
                     catalog.replace(1, b"uno")
                 with pytest.raises(gpunvme.UnsafeDeviceError, match="gpunvme catalog"):
                     file.write_from(BLOCK, 0)
-            with gpunvme.Catalog(namespace) as catalog:
+            with gpunvme.Catalog(f"nvme+vfio-user:{socket}") as catalog:
                 assert [catalog.read_kind(kind).numpy().tobytes() for kind in (1, 2)] == [b"uno", b"two"]
                 assert catalog.verify() == []
     finally:
