@@ -93,8 +93,9 @@ class LayerLoader:
     Parameters
     ----------
     source
-        A checkpoint as `load_file` takes it (safetensors: file, shards, index, directory; GGUF); or a `LayerSource`, or
-        a mapping ``{name: (file, offset, nbytes, dtype, shape)}``, for plain files, raw namespaces and all else.
+        A checkpoint as `load_file` takes it (safetensors: file, shards, index, directory; GGUF); a `gpunvme.Catalog`,
+        which stays open as long; or a `LayerSource`, or a mapping ``{name: (file, offset, nbytes, dtype, shape)}``, for
+        plain files, raw namespaces and all else.
     device
         Where the layers shall be: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, an int or a `torch.device`.
     slots
@@ -127,6 +128,8 @@ class LayerLoader:
         A budget is too small for the slots, or for any layer.
     RangeError
         An extent lies outside its file.
+    CatalogChangedError
+        A catalog was changed so often that its regions may have been overwritten.
     FileError, NvmeError, CudaError, SpanError, PathError
         As for `gpunvme.open` and `File.read_into`. What goes wrong while a layer is read ahead is raised when that
         layer is asked for; asking again tries again.
@@ -234,6 +237,7 @@ class LayerLoader:
                         parts = layer.parts(base, where, owner)
                         on = stream if where.is_gpu else None
                         self._stats.add(layer, many.read_many(parts, stream=on, timeout=self._timeout))
+        self._source.check()
 
     # --- what there is
 
@@ -359,6 +363,8 @@ class LayerLoader:
         try:
             with _noted(layer):
                 transfer = self._ring.wait(slot, wanted)
+                if transfer is not None and fresh:
+                    self._source.check()
         except BaseException as error:
             self._ring.forget_ahead()
             if self._closing and isinstance(error, Cancelled):
