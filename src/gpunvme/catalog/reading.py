@@ -103,8 +103,8 @@ class Regions:
     def extents(self) -> dict[str, Extent]:
         """Where every region lies, by its name (``#`` and its number, if it has none): what loaders stand on.
 
-        Whoever reads there by itself calls what `checker` returned before, to know whether the bytes were still those of
-        this generation. `LayerLoader` does.
+        Whoever reads there by itself calls afterwards what `checker` returned before, to know whether the bytes were
+        those of this generation still. `LayerLoader` does.
         """
         file = self._file
         return {

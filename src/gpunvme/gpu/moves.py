@@ -80,8 +80,14 @@ class Moves:
         block_bytes, controller = namespace.block_size, namespace.controller
         self._stream_memory = StreamMemory(gpu, controller, block_bytes, queues.stream, queues.shared)
         queues.keep.callback(self._stream_memory.close)
-        self._rooms.append(Room(gpu, _ROOM_PIECES))
         queues.keep.callback(self._free_rooms)
+        self.prepare(1)
+
+    def prepare(self, jobs: int) -> None:
+        """Make room for so many jobs at a time now, before kernels run; for more it is made when they begin."""
+        with self._lock:
+            while len(self._rooms) < jobs:
+                self._rooms.append(Room(self.gpu, _ROOM_PIECES))
 
     def stream(self, lba: int, nbytes: int, out: Any, stream: Any, wait: bool, timeout: float | None) -> Transfer:
         """As `GpuQueues.stream`."""

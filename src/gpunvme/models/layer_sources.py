@@ -46,8 +46,9 @@ class Extent(NamedTuple):
 class LayerSource(Protocol):
     """What a `LayerLoader` reads if it is no checkpoint: anything with this method, or a mapping like its result.
 
-    Where the bytes may be overwritten later, there is a method ``checker()`` besides: it returns a function that is called
-    after each read, and raises if the bytes may not be those of the extents any more. A `gpunvme.Catalog` has both.
+    Where the bytes may be overwritten later, there is a method ``checker()`` besides: it returns a function that is
+    called after each read, and raises if the bytes may not be those of the extents any more. A `gpunvme.Catalog` has
+    both.
     """
 
     def extents(self) -> Mapping[str, tuple[Any, ...]]:
@@ -94,7 +95,7 @@ class OpenSource:
                 self.tensors = {name: self._entry(name, Extent(*extent), path) for name, extent in described.items()}
             elif isinstance(source, str) and source.startswith("nvme+"):
                 raise FormatError(
-                    "a raw namespace does not say what is where: pass gpunvme.Catalog(…) of it, if it has a catalog, or "
+                    "a raw namespace does not say what is where: pass gpunvme.Catalog(…) of it, if there is one, or "
                     "{name: (file, offset, nbytes, dtype, shape)}",
                     filename=source,
                 )

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 from gpunvme import many
-from gpunvme.errors import BudgetError, Cancelled, Error, LayerError
+from gpunvme.errors import BudgetError, Cancelled, Error, LayerError, PathError
 from gpunvme.memory import CPU, Device
 from gpunvme.models import residency
 from gpunvme.models.grouping import Group, layers_of
@@ -229,14 +229,18 @@ class LayerLoader:
         device, address = self.device, self._memory.address
         staying = ((index, address(memory), device, memory) for index, (memory, _) in self._stay.items())
         copied = ((index, copy.memory.address, CPU, copy.memory) for index, copy in copies.items())
-        for places in (staying, copied):
-            for index, base, where, owner in places:
-                layer = self._layers[index]
-                if layer.runs:
-                    with _noted(layer):
+        for index, base, where, owner in itertools.chain(staying, copied):
+            layer = self._layers[index]
+            if layer.runs:
+                on = stream if where.is_gpu else None
+                with _noted(layer):
+                    try:
                         parts = layer.parts(base, where, owner)
-                        on = stream if where.is_gpu else None
                         self._stats.add(layer, many.read_many(parts, stream=on, timeout=self._timeout))
+                    except PathError as error:
+                        if where != device:
+                            error.add_note("budget_host= keeps it in host memory: leave that out, or take path='auto'")
+                        raise
         self._source.check()
 
     # --- what there is
