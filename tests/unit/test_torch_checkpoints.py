@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     import torch
 
     from gpunvme import torch as ours
-    from gpunvme.torch import archive, saving
+    from gpunvme.torch import archive, loading, saving
 else:
     torch = pytest.importorskip("torch")
     from gpunvme import torch as ours
-    from gpunvme.torch import archive, saving
+    from gpunvme.torch import archive, loading, saving
 
 pytestmark = pytest.mark.torch
 
@@ -196,6 +196,16 @@ def test_tensors_that_are_made_of_others(tmp_path: Path) -> None:
             )
         with pytest.raises(pickle.UnpicklingError, match="Scaled"):
             ours.load(path)
+
+
+def test_where_tensors_that_are_made_of_others_go(tmp_path: Path) -> None:
+    """As storages do; and whatever else PyTorch loads goes where it went before."""
+    gpu, cpu = torch.device("cuda:1"), torch.device("cpu")
+    for mapped, where in ((None, gpu), ({"cuda:1": "cuda:0"}, "cuda:0"), ({"cuda:0": "cpu"}, gpu), (cpu, cpu)):
+        assert loading._Places([], {}, mapped, "").get(gpu, gpu) == where
+    torch.save(torch.arange(3), tmp_path / "theirs")
+    with pytest.raises(RuntimeError, match="don't know how to restore"):
+        torch.load(tmp_path / "theirs", map_location="nowhere")
 
 
 class Packed:
@@ -439,8 +449,6 @@ def test_nothing_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The bytes of all tensors come as one transfer, and only those that are asked for."""
     ours.save(trained(), tmp_path / "ours")
     moved = []
-    from gpunvme.torch import loading
-
     read_many = loading.read_many
     monkeypatch.setattr(loading, "read_many", lambda parts, **k: moved.append(read_many(parts, **k)))
     ours.load(tmp_path / "ours")
