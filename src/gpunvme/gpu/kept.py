@@ -99,7 +99,7 @@ class KeptQueues:
         try:
             self.gpu = Gpu(device.index)
             self._cut = own_kernels(self.gpu).kernel("gpunvme_cut")
-            self.queues._moves.prepare(_LANES)
+            self.queues.prepare(_LANES)
             for _ in range(_LANES):
                 self._lanes.append(Lane(self.gpu))
         except BaseException:

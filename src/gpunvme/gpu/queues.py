@@ -113,6 +113,13 @@ class GpuQueues:
 
     # --- moving
 
+    def prepare(self, jobs: int) -> None:
+        """Allocate what so many transfers at a time need.
+
+        For more it is allocated when they begin, and CUDA may put that off until kernels that run then have ended.
+        """
+        self._moves.prepare(jobs)
+
     def gather(
         self,
         lbas: Any,
