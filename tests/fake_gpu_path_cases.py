@@ -79,6 +79,9 @@ class Queues:
         self.machine, self.namespace, self.name = machine, namespace, namespace.name
         self.closed = False
 
+    def prepare(self, jobs: int) -> None:
+        pass
+
     def _start(self, kind: str, stream: int, wait: bool, act: Any, commands: int, nbytes: int) -> Transfer:
         machine = self.machine
         assert not wait
@@ -389,7 +392,7 @@ def test_queues_are_made_once_and_closed_with_the_last_file(machine: Machine, na
     first.close()
     assert not machine.closed
     second.close()
-    assert machine.closed == ["queues", "lane"], "kernels end before their memory goes"
+    assert machine.closed == ["queues", "lane", "lane"], "kernels end before their memory goes"
     with gpunvme.open(space, path="gpu-nvme") as third:
         third.read(0, 4096, "cuda:0")
     assert len(machine.made) == 2
@@ -400,7 +403,7 @@ def test_a_files_own_controller_is_closed_after_its_queues(machine: Machine, mon
     monkeypatch.setattr(nvme.Controller, "close", lambda self: (machine.closed.append("controller"), close(self))[1])
     with gpunvme.open("nvme+soft:ram?size=1MiB&queues=8", path="gpu-nvme") as file:
         assert file.read(0, 4096, "cuda:0").numpy().tobytes() == bytes(4096)
-    assert machine.closed == ["queues", "lane", "controller"]
+    assert machine.closed == ["queues", "lane", "lane", "controller"]
 
 
 def test_auto_takes_them_where_they_were_seen_to_be_faster(

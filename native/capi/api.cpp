@@ -122,6 +122,7 @@ int gpunvme_read(gpunvme_handle source, int64_t offset, uint64_t nbytes, void* t
     const auto from = find<Source>(source);
     const std::uint64_t at = from->checked_range(offset, nbytes);
     read(*from, at, checked_place(to, nbytes, device, stream), deadline, report);
+    from->check_current();
   });
 }
 
@@ -132,7 +133,7 @@ int gpunvme_read_async(gpunvme_handle source, int64_t offset, uint64_t nbytes, v
     const Deadline deadline(timeout_ms);
     const auto from = find<Source>(source);
     const std::uint64_t at = from->checked_range(offset, nbytes);
-    *transfer = add_handle(begin_read(*from, at, checked_place(to, nbytes, device, stream), deadline));
+    *transfer = add_handle(begin_read(from, at, checked_place(to, nbytes, device, stream), deadline));
   });
 }
 
@@ -144,6 +145,7 @@ int gpunvme_wait(gpunvme_handle transfer, int64_t timeout_ms, gpunvme_report* re
     remove_handle(transfer);
     fill_report(report, waited_for->job());
     throw_failure(waited_for->job());
+    waited_for->source().check_current();
   });
 }
 
@@ -171,6 +173,7 @@ int gpunvme_gather(gpunvme_handle source, const int64_t* offsets, uint64_t count
     if (nbytes == 0) throw Refusal(GPUNVME_EINVAL, "nbytes is 0: each read must have at least one byte");
     if (count > 0) require(offsets, "offsets");
     gather(*from, offsets, count, nbytes, checked_place(to, product(count, nbytes), device, stream), deadline, report);
+    from->check_current();
   });
 }
 
@@ -201,7 +204,7 @@ int gpunvme_kind_read(gpunvme_handle source, const gpunvme_kind* table, uint64_t
     if (region.start > INT64_MAX) throw Refusal(GPUNVME_ERANGE, which + " begins beyond the end of any file");
     const std::uint64_t start = from->checked_range(static_cast<std::int64_t>(region.start), region.length);
     read(*from, start + index * record, checked_place(to, count * record, device, stream), deadline, report);
-    if (catalog != nullptr) catalog->check_current();
+    from->check_current();
   });
 }
 
@@ -210,7 +213,7 @@ int gpunvme_layer_loader_init(gpunvme_handle source, const gpunvme_extent* exten
   return call([&] {
     require(loader, "loader");
     const auto from = find<Source>(source);
-    *loader = add_handle(std::make_shared<LayerLoader>(*from, extents, count, slots, device));
+    *loader = add_handle(std::make_shared<LayerLoader>(from, extents, count, slots, device));
   });
 }
 

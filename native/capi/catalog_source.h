@@ -26,7 +26,7 @@ class CatalogSource : public Source {
   std::uint64_t kind_of(const std::string& name) const;
   // What was read until now was of this generation; else Refusal (GPUNVME_ECHANGED). A writer takes a superblock away
   // before it uses the space that it refers to again.
-  void check_current() const;
+  void check_current() const override;
 
  private:
   explicit CatalogSource(std::shared_ptr<SourceFile> file) : Source(std::move(file)) {}

@@ -15,14 +15,14 @@ std::string number(std::uint64_t n) { return std::to_string(n); }
 
 }  // namespace
 
-LayerLoader::LayerLoader(const Source& source, const gpunvme_extent* extents, std::uint64_t count, std::uint32_t slots,
-                         std::int32_t device)
-    : file_(source.file()), device_(device) {
+LayerLoader::LayerLoader(std::shared_ptr<const Source> source, const gpunvme_extent* extents, std::uint64_t count,
+                         std::uint32_t slots, std::int32_t device)
+    : source_(std::move(source)), device_(device) {
   if (slots == 0 || slots > kMostSlots) {
     throw Refusal(GPUNVME_EINVAL, number(slots) + " slots: use 1 to " + number(kMostSlots));
   }
   check_device(device);
-  make_plans(source, extents, count);
+  make_plans(extents, count);
   std::uint64_t largest = 0;
   for (const Plan& plan : plans_) largest = std::max(largest, plan.nbytes);
   try {
@@ -32,7 +32,7 @@ LayerLoader::LayerLoader(const Source& source, const gpunvme_extent* extents, st
     }
     slots_.reserve(slots);
     for (std::uint64_t i = 0; i < std::min<std::uint64_t>(slots, plans_.size()); ++i) {
-      slots_.push_back({LayerMemory(device_, largest), std::nullopt, nullptr});
+      slots_.push_back({LayerMemory(device_, largest), std::nullopt, nullptr, false});
     }
     read_ahead(0);
   } catch (...) {
@@ -41,7 +41,7 @@ LayerLoader::LayerLoader(const Source& source, const gpunvme_extent* extents, st
   }
 }
 
-void LayerLoader::make_plans(const Source& source, const gpunvme_extent* extents, std::uint64_t count) {
+void LayerLoader::make_plans(const gpunvme_extent* extents, std::uint64_t count) {
   if (count == 0) throw Refusal(GPUNVME_EINVAL, "there are no extents");
   if (extents == nullptr) throw Refusal(GPUNVME_EINVAL, "extents is NULL");
   for (std::uint64_t i = 0; i < count; ++i) {
@@ -52,7 +52,7 @@ void LayerLoader::make_plans(const Source& source, const gpunvme_extent* extents
       throw Refusal(GPUNVME_EINVAL, which + " is of layer " + number(extent.layer) + ", and some before it have none");
     }
     if (extent.offset > INT64_MAX) throw Refusal(GPUNVME_ERANGE, which + " begins beyond the end of any file");
-    source.checked_range(static_cast<std::int64_t>(extent.offset), extent.length);
+    source_->checked_range(static_cast<std::int64_t>(extent.offset), extent.length);
     if (extent.position > INT64_MAX - extent.length) {
       throw Refusal(GPUNVME_EINVAL, which + ": no memory reaches to position " + number(extent.position));
     }
@@ -141,6 +141,8 @@ LayerLoader::Layer LayerLoader::load(std::uint64_t layer, void* stream, const De
   const auto failure = slot->job == nullptr ? std::nullopt : failure_of(*slot->job);
   settle(*slot);
   if (failure) throw *failure;
+  if (!slot->checked) source_->check_current();
+  slot->checked = true;
   read_ahead(layer);  // slots that were given up may be free by now
   if (device_ != kHost) given_to_ = stream;
   return {slot->memory.address(), plans_[layer].nbytes};
@@ -213,7 +215,8 @@ void LayerLoader::begin(Slot& slot, std::uint64_t layer) {
   options.device = device_;
   if (device_ != kHost) options.stream = reinterpret_cast<std::uint64_t>(behind_);
   slot.layer.reset();
-  slot.job = begin_job(options, file_, std::move(segments));
+  slot.checked = false;
+  slot.job = begin_job(options, source_->file(), std::move(segments));
   slot.layer = layer;
 }
 

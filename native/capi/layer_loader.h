@@ -23,8 +23,8 @@ class LayerLoader : public Object {
   static constexpr std::uint32_t kMostSlots = 1024;
 
   // Throws Refusal or Failure.
-  LayerLoader(const Source& source, const gpunvme_extent* extents, std::uint64_t count, std::uint32_t slots,
-              std::int32_t device);
+  LayerLoader(std::shared_ptr<const Source> source, const gpunvme_extent* extents, std::uint64_t count,
+              std::uint32_t slots, std::int32_t device);
   ~LayerLoader() override;
 
   const char* what() const override { return kWhat; }
@@ -46,9 +46,10 @@ class LayerLoader : public Object {
     LayerMemory memory;
     std::optional<std::uint64_t> layer;  // that is here, or on its way
     std::shared_ptr<Job> job;            // that brings it, or one that was given up; null when it is over
+    bool checked = false;                // whether it is what the source said, since it is here
   };
 
-  void make_plans(const Source& source, const gpunvme_extent* extents, std::uint64_t count);
+  void make_plans(const gpunvme_extent* extents, std::uint64_t count);
   // Orders everything that is read from now on behind the caller's work with the layer that it has.
   void take_back();
   bool wanted_soon(std::uint64_t layer, std::uint64_t current) const;
@@ -61,7 +62,7 @@ class LayerLoader : public Object {
   void free_all();
   void check_process() const;
 
-  const std::shared_ptr<SourceFile> file_;
+  const std::shared_ptr<const Source> source_;
   const int device_;
   const pid_t process_ = getpid();
   std::vector<Plan> plans_;

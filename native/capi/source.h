@@ -28,6 +28,8 @@ class Source : public Object {
   const std::shared_ptr<SourceFile>& file() const { return file_; }
   // The range as the engine counts. Throws Refusal (GPUNVME_ERANGE) if the file does not have it.
   std::uint64_t checked_range(std::int64_t offset, std::uint64_t nbytes) const;
+  // What was read until now was what the source said that it is; else Refusal (GPUNVME_ECHANGED).
+  virtual void check_current() const {}
 
   // Room for a write in the file, until it succeeded: a write that fails takes back what the file grew by, but nothing
   // that other writes need. Throws Failure (kFile).

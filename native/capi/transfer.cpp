@@ -127,10 +127,10 @@ void read(const Source& source, std::uint64_t offset, const Place& to, const Dea
   complete(*job, deadline, report);
 }
 
-std::shared_ptr<Transfer> begin_read(const Source& source, std::uint64_t offset, const Place& to,
+std::shared_ptr<Transfer> begin_read(std::shared_ptr<const Source> source, std::uint64_t offset, const Place& to,
                                      const Deadline& deadline) {
-  return std::make_shared<Transfer>(
-      begin_job(options_for(Job::Direction::kRead, to), source.file(), {{0, offset, to.nbytes, to.address}}), deadline);
+  auto job = begin_job(options_for(Job::Direction::kRead, to), source->file(), {{0, offset, to.nbytes, to.address}});
+  return std::make_shared<Transfer>(std::move(job), deadline, std::move(source));
 }
 
 void write(Source& source, std::int64_t offset, const Place& from, const Deadline& deadline, gpunvme_report* report) {

@@ -32,7 +32,8 @@ class Transfer : public Object {
  public:
   static constexpr const char* kWhat = "a transfer";
 
-  Transfer(std::shared_ptr<Job> job, Deadline deadline) : job_(std::move(job)), deadline_(deadline) {}
+  Transfer(std::shared_ptr<Job> job, Deadline deadline, std::shared_ptr<const Source> source)
+      : job_(std::move(job)), deadline_(deadline), source_(std::move(source)) {}
   ~Transfer() override;
 
   const char* what() const override { return kWhat; }
@@ -41,10 +42,12 @@ class Transfer : public Object {
   // False if it is not done by `until`.
   bool wait(const Deadline& until);
   const Job& job() const { return *job_; }
+  const Source& source() const { return *source_; }
 
  private:
   const std::shared_ptr<Job> job_;
   const Deadline deadline_;
+  const std::shared_ptr<const Source> source_;
 };
 
 void read(const Source& source, std::uint64_t offset, const Place& to, const Deadline& deadline,
@@ -52,7 +55,7 @@ void read(const Source& source, std::uint64_t offset, const Place& to, const Dea
 void write(Source& source, std::int64_t offset, const Place& from, const Deadline& deadline, gpunvme_report* report);
 void gather(const Source& source, const std::int64_t* offsets, std::uint64_t count, std::uint64_t nbytes,
             const Place& to, const Deadline& deadline, gpunvme_report* report);
-std::shared_ptr<Transfer> begin_read(const Source& source, std::uint64_t offset, const Place& to,
+std::shared_ptr<Transfer> begin_read(std::shared_ptr<const Source> source, std::uint64_t offset, const Place& to,
                                      const Deadline& deadline);
 
 }  // namespace gpunvme::capi

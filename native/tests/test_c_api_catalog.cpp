@@ -120,6 +120,50 @@ TEST(a_reader_keeps_its_generation_until_it_may_be_overwritten) {
   CHECK_EQ(read_kind(again, 7, 0, 1, bytes), GPUNVME_OK);
 }
 
+// Whichever function reads: what the handle was opened on, or an error, and never the next generation's bytes.
+TEST(all_that_reads_notices_that_a_catalog_was_changed) {
+  const Library library;
+  Image image;
+  gpunvme_handle catalog = 0;
+  CHECK_EQ(gpunvme_open_catalog(image.path.c_str(), &catalog), GPUNVME_OK);
+  const gpunvme_extent extents[] = {{0, kFirst, 1000, 0}, {1, kFirst + 1000, 1000, 0}, {2, kFirst + 2000, 1000, 0}};
+  const std::int64_t offset = kFirst;
+  std::uint8_t bytes[100];
+  gpunvme_handle loaders[2] = {};
+  gpunvme_handle transfer = 0;
+  void* layer = nullptr;
+  const auto expect = [&](int result) {
+    CHECK_EQ(gpunvme_read(catalog, offset, 100, bytes, GPUNVME_HOST, nullptr, 60'000, nullptr), result);
+    CHECK_EQ(gpunvme_gather(catalog, &offset, 1, 100, bytes, GPUNVME_HOST, nullptr, 60'000, nullptr), result);
+    CHECK_EQ(gpunvme_read_async(catalog, offset, 100, bytes, GPUNVME_HOST, nullptr, 60'000, &transfer), GPUNVME_OK);
+    CHECK_EQ(gpunvme_wait(transfer, GPUNVME_FOREVER, nullptr), result);
+    CHECK_EQ(gpunvme_wait(transfer, GPUNVME_FOREVER, nullptr), GPUNVME_EINVAL);
+    for (const gpunvme_handle loader : loaders) {
+      CHECK_EQ(gpunvme_layer_loader_load_layer(loader, 1, nullptr, 60'000, &layer, nullptr), result);
+      CHECK_EQ(gpunvme_layer_loader_load_layer(loader, 2, nullptr, 60'000, &layer, nullptr), result);
+    }
+  };
+  for (std::uint32_t slots = 1; slots <= 2; ++slots) {
+    CHECK_EQ(gpunvme_layer_loader_init(catalog, extents, 3, slots, GPUNVME_HOST, &loaders[slots - 1]), GPUNVME_OK);
+    CHECK_EQ(gpunvme_layer_loader_load_layer(loaders[slots - 1], 0, nullptr, 60'000, &layer, nullptr), GPUNVME_OK);
+  }
+  image.generation(2);
+  expect(GPUNVME_OK);
+  // Layer 2 is in a slot, and stays what it is; the others have to be read.
+  image.generation(3);
+  for (const gpunvme_handle loader : loaders) {
+    CHECK_EQ(gpunvme_layer_loader_load_layer(loader, 2, nullptr, 60'000, &layer, nullptr), GPUNVME_OK);
+    CHECK_EQ(first_difference(static_cast<std::uint8_t*>(layer), image.bytes.data() + kFirst + 2000, 1000), -1);
+    CHECK_EQ(gpunvme_layer_loader_load_layer(loader, 0, nullptr, 60'000, &layer, nullptr), GPUNVME_ECHANGED);
+  }
+  expect(GPUNVME_ECHANGED);
+  expect(GPUNVME_ECHANGED);
+  // A handle of the file alone knows nothing of generations.
+  gpunvme_handle plain = 0;
+  CHECK_EQ(gpunvme_open(image.path.c_str(), GPUNVME_READ_ONLY, &plain), GPUNVME_OK);
+  CHECK_EQ(gpunvme_read(plain, offset, 100, bytes, GPUNVME_HOST, nullptr, 60'000, nullptr), GPUNVME_OK);
+}
+
 TEST(what_is_no_catalog_is_refused) {
   const Library library;
   Image image;

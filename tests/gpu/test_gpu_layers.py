@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import gpunvme
+from gpunvme import nvme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,6 +115,25 @@ def test_weights_to_the_bit(path: Path, whole: dict[str, Any]) -> None:
                     assert tensor.device.type == "cuda"
                     assert tensor.data_ptr() % 16 == 0
                     assert torch.equal(tensor.cpu(), whole[name]), name
+
+
+@pytest.mark.parametrize("options", ["one slot", "two slots", "some stay"])
+def test_by_the_gpus_own_queues(path: Path, whole: dict[str, Any], expected: Any, options: str) -> None:
+    """A catalog on a namespace, read by kernels while others compute, and nothing waits for the GPU in between."""
+    with nvme.open("soft:ram?size=256MiB&lba=4096&queues=16&threads=4", queues=2) as controller:
+        gpunvme.catalog.pack(path, controller.namespace())
+        with (
+            gpunvme.Catalog(controller.namespace()) as catalog,
+            gpunvme.LayerLoader(catalog, "cuda", path="gpu-nvme", **OPTIONS[options]) as loader,
+        ):
+            for layer in loader:
+                for name, tensor in layer.tensors.items():
+                    assert torch.equal(tensor.cpu(), whole[name]), name
+            results = [compute(of(loader), SLOW) for _ in range(2)]
+            stats = loader.stats()
+        for result in results:
+            torch.testing.assert_close(result.cpu(), expected, rtol=1e-3, atol=1e-3)
+    assert {way for ways in stats.paths.values() for way in ways} == {"gpu-nvme"}
 
 
 def test_on_streams_of_ones_own(path: Path, expected: Any) -> None:

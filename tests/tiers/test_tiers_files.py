@@ -347,6 +347,18 @@ def test_budgets(make: Callable[..., Tiers], source: Path, directories: dict[str
     assert nothing_left_over(directories)
 
 
+def test_a_replacement_needs_only_the_room_that_it_adds(make: Callable[..., Tiers], tmp_path: Path) -> None:
+    tiers = make(capacity={"nvme": 10})
+    for nbytes, fits in ((8, True), (10, True), (11, False), (9, True)):
+        data = files.make(tmp_path / "x", nbytes, seed=nbytes)
+        if fits:
+            assert tiers.add(tmp_path / "x", tier="nvme", replace=True) == "nvme"
+            assert tiers.read("x") == data
+        else:
+            with pytest.raises(gpunvme.TierFullError, match="may hold 10 bytes and has 0"):
+                tiers.add(tmp_path / "x", tier="nvme", replace=True)
+
+
 FULL = """
 import sys, os, gpunvme
 root = sys.argv[1]
@@ -390,7 +402,7 @@ refused(tiers.migrate, "y", "small")
 refused(tiers.remove, "x")
 assert tiers.open("x").read().numpy().tobytes() == b"content"
 assert tiers.status().tiers[1].trouble == "read-only"
-assert not [each for each in tiers.balance() if each.moved]
+assert tiers.balance() == [], "nothing is even tried"
 subprocess.run(["umount", root + "/small"], check=True)
 try:
     tiers.open("x")

@@ -212,6 +212,37 @@ def test_a_migration_asks_for_every_byte(tiers: Tiers, tmp_path: Path) -> None:
     assert waits.now - 5.0 == pytest.approx(100_000 / 30_000)
 
 
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float | None, int]]:
+    """What copies asked for, at which rate; nothing is waited for."""
+    asked: list[tuple[float | None, int]] = []
+    monkeypatch.setattr(Pace, "take", lambda self, nbytes: asked.append((self._rate, nbytes)))
+    return asked
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda tiers: tiers.migrate("x", "hdd", rate=4000),
+        lambda tiers: tiers.balance(rate=4000),
+        lambda tiers: tiers.balance(),
+        lambda tiers: tiers.start(),
+    ],
+    ids=["migrate", "balance", "balance, as the manager was told", "background"],
+)
+def test_every_way_to_move_keeps_to_the_rate_that_was_said(
+    make: Callable[..., Tiers], tmp_path: Path, taken: list[tuple[float | None, int]], move: Callable[[Tiers], object]
+) -> None:
+    """Background work that is faster than it may be takes the drives from those who work with them."""
+    files.make(tmp_path / "x", 10_000)
+    tiers = make(rate=4000)
+    tiers.add(tmp_path / "x", tier="nvme")
+    taken.clear()  # what is added is not held up
+    move(tiers)
+    files.wait_until(lambda: tiers.tier_of("x") == "hdd")
+    assert taken == [(4000, 4000), (4000, 4000), (4000, 2000)]
+
+
 # The thread.
 
 

@@ -15,6 +15,7 @@ from on_tiers import NAMES, Tiers, nothing_left_over, on_disk
 
 import files
 import gpunvme
+from gpunvme.tiers.directory import TierDirectory
 from gpunvme.tiers.owner import held
 
 if TYPE_CHECKING:
@@ -103,6 +104,36 @@ def wait(*_):
 copying.checksum_of = wait
 tiers.migrate("x", "hdd")
 """
+
+
+@pytest.mark.parametrize("meanwhile", ["moved", "moved there and back", "removed", "removed behind our back"])
+def test_a_file_that_moves_between_looking_and_opening(
+    tiers: Tiers, source: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: str
+) -> None:
+    """Whoever opens it gets it, wherever it is by then; what is gone is missing."""
+    tiers.add(source, "x", tier="nvme")
+    really = TierDirectory.open_file
+    calls = 0
+
+    def open_file(self: TierDirectory, name: str) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            if meanwhile == "removed behind our back":
+                os.unlink(tiers.where("x"))
+            elif meanwhile == "removed":
+                tiers.remove("x")
+            else:
+                for tier in ("hdd", "ssd") if "back" in meanwhile else ("hdd",):
+                    tiers.migrate("x", tier)
+        return really(self, name)
+
+    monkeypatch.setattr(TierDirectory, "open_file", open_file)
+    if meanwhile.startswith("moved"):
+        assert tiers.read("x") == b"content"
+    else:
+        with pytest.raises(gpunvme.MissingFileError, match="removed it" if "behind" in meanwhile else "no such file"):
+            tiers.open("x")
 
 
 def test_a_living_processs_move_is_respected_and_a_dead_ones_rolled_back(

@@ -67,6 +67,29 @@ def test_a_compiler(language: str, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @needs_compiler
+@pytest.mark.parametrize("rows", [1, 7, 5000])
+def test_regions_in_pieces(rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import gpunvme
+
+    table = np.random.default_rng(4).integers(0, 256, (rows, 25), np.uint8)
+    with gpunvme.Catalog.create(tmp_path / "catalog") as catalog:
+        catalog.add(3, b"other")
+        catalog.add(7, table, name="rows")
+    program = tmp_path / "c_regions"
+    strict = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror"]
+    flags = asked(capsys, "--cflags", "--libs").split()
+    done = run(COMPILER, *strict, EXAMPLES / "c_regions.c", "-o", program, *flags)
+    assert done.returncode == 0, done.stderr
+    done = run(program, tmp_path / "catalog", "rows")
+    assert done.returncode == 0, done.stderr
+    assert f"7: {25 * rows} bytes, records of 25" in done.stdout
+    assert f"rows: sum {table.sum()} at once, {table.sum()} in " in done.stdout
+    missing = run(program, tmp_path / "catalog", "columns")
+    assert missing.returncode == 1
+    assert 'no region that is called "columns"' in missing.stderr
+
+
+@needs_compiler
 @pytest.mark.skipif(shutil.which("pkg-config") is None, reason="no pkg-config")
 def test_pkg_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = asked(capsys, "--pkg-config")

@@ -305,9 +305,37 @@ def test_from_kinds_reads_what_nobody_described(tmp_path: Path) -> None:
     for given in ((64, 101), (65, 0), (-1, 512), (0, -1), (2**60, 512)):
         with pytest.raises(gpunvme.RangeError, match="kind 3"):
             gpunvme.Catalog.from_kinds(tmp_path / "disk", {3: given})
+    with pytest.raises(gpunvme.RangeError, match=r"10 bytes from block 65 on, which is byte 33280"):
+        gpunvme.Catalog.from_kinds(tmp_path / "disk", {3: (65, 10)})
     for odd in ((1,), (1, 2, 3, 4), (0, 10, 3), (0, 10, 0)):
         with pytest.raises(gpunvme.CatalogError, match="kind 3"):
             gpunvme.Catalog.from_kinds(tmp_path / "disk", {3: odd})
+    for wrong in ({3: (0.5, 10)}, {"3": (0, 10)}, {3: ("0", 10)}):
+        with pytest.raises(TypeError):
+            gpunvme.Catalog.from_kinds(tmp_path / "disk", wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("block", "start"), [(None, 3 * 512), (512, 3 * 512), (4096, 3 * 4096), (1, 3), (520, 3 * 520)]
+)
+def test_from_kinds_starts_at_a_block_and_not_at_a_byte(tmp_path: Path, block: int | None, start: int) -> None:
+    """Regions may lie over each other, and end anywhere."""
+    data = files.make(tmp_path / "disk", 20_000)
+    given = {1: (3, 5000), 2: (4, 5), 3: (3, 1040, 8), 4: (0, 0)}
+    with gpunvme.Catalog.from_kinds(tmp_path / "disk", given, block_size=block) as kinds:
+        assert kinds.read_kind(1).numpy().tobytes() == data[start : start + 5000]
+        assert kinds.read_kind(2).numpy().tobytes() == data[start // 3 * 4 :][:5]
+        assert kinds.gather_kind(3, [129, 0]).numpy().tobytes() == data[start + 1032 :][:8] + data[start : start + 8]
+        assert kinds.read_kind(4).numpy().tobytes() == b""
+        expected = 1 if 5000 % (block or 512) else block or 512
+        assert [region.record_size for region in kinds] == [expected, 1, 8, block or 512]
+
+
+@pytest.mark.parametrize("block", [0, -512])
+def test_from_kinds_refuses_blocks_that_cannot_be(tmp_path: Path, block: int) -> None:
+    files.make(tmp_path / "disk", 20_000)
+    with pytest.raises(gpunvme.CatalogError, match=f"blocks of {block} bytes"):
+        gpunvme.Catalog.from_kinds(tmp_path / "disk", {1: (0, 10)}, block_size=block)
 
 
 # --- what is there already is left alone

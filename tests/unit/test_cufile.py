@@ -8,12 +8,13 @@ import pytest
 
 import fake_cufile
 import fake_cufile_cases
+import fake_cufile_layers
 import fake_cufile_proof_cases
 import own_process
 
 CASES = [
     pytest.param(module, name, id=name)
-    for module in (fake_cufile_cases, fake_cufile_proof_cases)
+    for module in (fake_cufile_cases, fake_cufile_layers, fake_cufile_proof_cases)
     for name in sorted(vars(module))
     if name.startswith("test_")
 ]

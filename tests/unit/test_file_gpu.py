@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 
+import emulated_gpu_layers
 import emulated_gpu_path_cases
 import fake_gpu_cases
 import fake_gpu_layers
@@ -19,7 +20,7 @@ import own_process
 
 CASES = [
     pytest.param(module, name, id=name)
-    for module in (fake_gpu_cases, fake_gpu_layers, fake_gpu_path_cases, emulated_gpu_path_cases)
+    for module in (fake_gpu_cases, fake_gpu_layers, fake_gpu_path_cases, emulated_gpu_path_cases, emulated_gpu_layers)
     for name in sorted(vars(module))
     if name.startswith("test_")
 ]

@@ -217,6 +217,19 @@ def test_partition_table_of_a_drive_without_partitions(tmp_path: Path) -> None:
     assert "nvme0n1 holds a partition table (GPT)" in said_about(tmp_path)
 
 
+@pytest.mark.parametrize("table", [b"", b"EFI PART"])
+def test_a_catalog_is_no_reason_against_taking_a_device(tmp_path: Path, table: bytes) -> None:
+    """It is there to be read in user space; whoever writes there is stopped by then (test_write_guard.py)."""
+    data = bytearray(MIB)
+    data[65536:65544] = b"GPUNVMEC"
+    data[512 : 512 + len(table)] = table
+    simple(tmp_path, bytes(data))
+    if table:
+        assert "nvme0n1 holds a partition table (GPT): " in said_about(tmp_path)
+    else:
+        check_safe(BDF, machine=Machine(tmp_path))
+
+
 def test_what_only_blkid_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     simple(tmp_path)
     tool = tmp_path / "bin/blkid"

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gpunvme
 from gpunvme.nvme.signatures import find_signature, find_signatures
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ MBR = (446, b"\x80" + bytes(3) + b"\x83" + bytes(3) + b"\0\x08\0\0" + b"\0\x10\0
         ([(128 << 10, bytes.fromhex("0cb1ba0000000000"))], "a volume member (ZFS)"),
         ([(200 << 10, bytes.fromhex("0000000000bab10c"))], "a volume member (ZFS)"),
         ([(0, b"bluestore block device\n")], "a volume member (Ceph BlueStore)"),
+        ([(0, b"GPUNVMEC")], "a gpunvme catalog"),
+        ([(65536, b"GPUNVMEC")], "a gpunvme catalog"),
+        ([(0, b"GPUNVMEC"), (65536, b"GPUNVMEC")], "a gpunvme catalog"),
         ([(512, b"EFI PART"), (4096, MD)], "a partition table (GPT) and a volume member (Linux RAID 1.2)"),
     ],
 )
@@ -106,6 +110,14 @@ def test_offsets_are_told_in_order() -> None:
     data = with_bytes((4096, MD), (512, b"EFI PART"), (END - 512, b"EFI PART"))
     found = find_signatures(lambda offset, nbytes: data[offset : offset + nbytes], SIZE)
     assert [each.offset for each in found] == [512, 4096, END - 512]
+
+
+def test_catalogs_of_every_generation(tmp_path: Path) -> None:
+    """Whichever of its two superblocks is there."""
+    with gpunvme.Catalog.create(tmp_path / "catalog") as catalog:
+        for _ in range(3):
+            assert found_on((tmp_path / "catalog").read_bytes()) == "a gpunvme catalog"
+            catalog.add(None, b"more")
 
 
 @pytest.mark.parametrize(

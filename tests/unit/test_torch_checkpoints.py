@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import io
 import os
 import pickle
 import random
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
     import torch
 
     from gpunvme import torch as ours
-    from gpunvme.torch import archive, saving
+    from gpunvme.torch import archive, loading, saving
 else:
     torch = pytest.importorskip("torch")
     from gpunvme import torch as ours
-    from gpunvme.torch import archive, saving
+    from gpunvme.torch import archive, loading, saving
 
 pytestmark = pytest.mark.torch
 
@@ -72,7 +73,31 @@ def of_odd_things() -> Any:
         torch.float16,
         torch.device("cpu"),
         torch.quantize_per_tensor(torch.randn(5), 0.1, 3, torch.qint8),
+        torch.quantize_per_channel(torch.randn(2, 5), torch.tensor([0.1, 0.2]), torch.tensor([0, 1]), 0, torch.quint8),
+        *(sparse(torch.eye(4)) for sparse in (torch.Tensor.to_sparse_csr, torch.Tensor.to_sparse_csc)),
+        torch.eye(4).to_sparse_bsr((2, 2)),
+        torch.randn(4, dtype=torch.complex64).conj().imag,
+        torch.empty(3, 4, device="meta"),
     ]
+
+
+class Scaled(torch.Tensor):
+    """A tensor made of two others, as libraries for quantisation make them: it has a shape and no memory of its own."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> Any:
+        made = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype, device=values.device)
+        made.values, made.scale = values, scale
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scale)
+        raise NotImplementedError(function)
 
 
 STATES = [trained, of_every_dtype, of_views, of_odd_things, lambda: torch.arange(3), dict, lambda: 5]
@@ -89,8 +114,13 @@ def same(one: Any, other: Any) -> None:
         )
         if one.layout == torch.strided:
             assert one.stride() == other.stride()
-            one, other = one.detach().resolve_conj(), other.detach().resolve_conj()
+            if one.is_meta or other.is_meta:
+                assert one.is_meta
+                assert other.is_meta
+                return
+            one, other = (each.detach().resolve_conj().resolve_neg() for each in (one, other))
             if one.is_quantized:
+                assert torch.equal(one.dequantize(), other.dequantize())
                 one, other = one.int_repr(), other.int_repr()
             assert bytes(one.contiguous().reshape(-1).view(torch.uint8).tolist()) == bytes(
                 other.contiguous().reshape(-1).view(torch.uint8).tolist()
@@ -147,6 +177,55 @@ def test_whole_models(tmp_path: Path) -> None:
     assert torch.equal(back.weight, model.weight)
     with pytest.raises(pickle.UnpicklingError):
         ours.load(tmp_path / "model")
+
+
+def test_tensors_that_are_made_of_others(tmp_path: Path) -> None:
+    """Quantised weights come so, and have a device of their own that map_location must reach."""
+    state = {"plain": torch.arange(5), "scaled": Scaled(torch.arange(6, dtype=torch.int8), torch.tensor([0.5]))}
+    ours.save(state, tmp_path / "ours")
+    torch.save(state, tmp_path / "theirs")
+    for path in (tmp_path / "ours", tmp_path / "theirs"):
+        for where in (None, "cpu", torch.device("cpu"), {"cuda:0": "cpu"}):
+            with torch.serialization.safe_globals([Scaled]):
+                back = ours.load(path, where)
+            assert type(back["scaled"]) is Scaled
+            assert (back["scaled"].device, back["scaled"].shape) == (torch.device("cpu"), (6,))
+            same(
+                [back["plain"], back["scaled"].values, back["scaled"].scale],
+                [state["plain"], state["scaled"].values, state["scaled"].scale],
+            )
+        with pytest.raises(pickle.UnpicklingError, match="Scaled"):
+            ours.load(path)
+
+
+def test_where_tensors_that_are_made_of_others_go(tmp_path: Path) -> None:
+    """As storages do; and whatever else PyTorch loads goes where it went before."""
+    gpu, cpu = torch.device("cuda:1"), torch.device("cpu")
+    for mapped, where in ((None, gpu), ({"cuda:1": "cuda:0"}, "cuda:0"), ({"cuda:0": "cpu"}, gpu), (cpu, cpu)):
+        assert loading._Places([], {}, mapped, "").get(gpu, gpu) == where
+    torch.save(torch.arange(3), tmp_path / "theirs")
+    with pytest.raises(RuntimeError, match="don't know how to restore"):
+        torch.load(tmp_path / "theirs", map_location="nowhere")
+
+
+class Packed:
+    """An object that loads a checkpoint of its own while it is unpickled."""
+
+    def __init__(self, data: bytes) -> None:
+        self.tensor = torch.load(io.BytesIO(data))
+
+    def __reduce__(self) -> Any:
+        inner = io.BytesIO()
+        torch.save(self.tensor, inner)
+        return Packed, (inner.getvalue(),)
+
+
+def test_checkpoints_inside_of_checkpoints(tmp_path: Path) -> None:
+    inner = io.BytesIO()
+    torch.save(torch.arange(7), inner)
+    ours.save([torch.arange(3), Packed(inner.getvalue()), torch.arange(4)], tmp_path / "ours")
+    first, packed, last = ours.load(tmp_path / "ours", weights_only=False)
+    same([first, packed.tensor, last], [torch.arange(3), torch.arange(7), torch.arange(4)])
 
 
 tensors = st.builds(
@@ -312,6 +391,22 @@ def test_records_that_contradict_each_other(tmp_path: Path, record: str, change:
         ours.load(tmp_path / "bad")
 
 
+@pytest.mark.parametrize("nbytes", [0, 8000])
+def test_a_tensor_that_is_larger_than_its_storage(tmp_path: Path, nbytes: int) -> None:
+    """What lies behind the storage in memory is nobody's weights; PyTorch refuses it, too."""
+    tensor = torch.zeros(2000)[:1000]
+    tensor.untyped_storage().resize_(nbytes)
+    ours.save({"before": torch.arange(9), "a": tensor}, tmp_path / "good")
+    size = b"M\xe8\x03"  # 1000 in the pickle
+    rewritten(
+        tmp_path / "good", tmp_path / "bad", lambda name, data: data.replace(size, b"M`\xea") if "pkl" in name else data
+    )
+    with pytest.raises(RuntimeError, match="resiz"):
+        torch.load(tmp_path / "bad")
+    with pytest.raises(gpunvme.FormatError, match=f"reaches beyond its storage, record 'data/1' of {nbytes} bytes"):
+        ours.load(tmp_path / "bad")
+
+
 def test_any_damage_is_an_error_or_harmless(tmp_path: Path) -> None:
     ours.save(trained()["model"], tmp_path / "good")
     data, chance = (tmp_path / "good").read_bytes(), random.Random(3)
@@ -354,8 +449,6 @@ def test_nothing_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The bytes of all tensors come as one transfer, and only those that are asked for."""
     ours.save(trained(), tmp_path / "ours")
     moved = []
-    from gpunvme.torch import loading
-
     read_many = loading.read_many
     monkeypatch.setattr(loading, "read_many", lambda parts, **k: moved.append(read_many(parts, **k)))
     ours.load(tmp_path / "ours")

@@ -60,6 +60,32 @@ def test_namespaces_by_block_or_byte() -> None:
             ops.read_into_tensor(written, namespace, 100)
 
 
+@pytest.mark.parametrize("lba", [512, 4096])
+def test_blocks_of_a_namespace_by_whatever_it_was_opened(tmp_path: Path, lba: int) -> None:
+    """A number that was taken for bytes would fill a model with its neighbour's weights."""
+    files.make(tmp_path / "disk", 1 << 20)
+    uri = f"nvme+soft:{tmp_path}/disk?lba={lba}"
+    written = torch.arange(1024, dtype=torch.int32)
+    ops.write_from_tensor(written, uri, lba=5, fsync=True)
+    assert (tmp_path / "disk").read_bytes()[5 * lba :][:4096] == written.numpy().tobytes()
+    back = torch.zeros_like(written)
+    assert torch.equal(ops.read_into_tensor(back.zero_(), uri, lba=5), written)
+    with gpunvme.open(uri) as opened:
+        assert torch.equal(ops.read_into_tensor(back.zero_(), opened, lba=5), written)
+        assert torch.equal(ops.read_into_tensor(back[1:].zero_(), opened, 5 * lba + 4), written[1:])
+        with pytest.raises(gpunvme.RangeError):
+            ops.read_into_tensor(back, opened, lba=(1 << 20) // lba)
+
+
+def test_a_file_that_is_called_like_a_registered_one(
+    file: gpunvme.File, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = ops.register(file)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(b"its own")
+    assert ops.read_into_tensor(torch.zeros(7, dtype=torch.uint8), name).numpy().tobytes() == b"its own"
+
+
 def test_what_is_refused(file: gpunvme.File, tmp_path: Path) -> None:
     tensor = torch.zeros(100)
     with pytest.raises(gpunvme.SpanError, match="not contiguous"):

@@ -81,7 +81,7 @@ typedef enum gpunvme_status {
   GPUNVME_EUNSUPPORTED = -11,  // this library cannot do that
   GPUNVME_EINTERNAL = -12,     // a mistake in the library
   GPUNVME_ECATALOG = -13,      // there is no catalog, or it is damaged
-  GPUNVME_ECHANGED = -14       // the catalog was changed meanwhile: open it again
+  GPUNVME_ECHANGED = -14       // the catalog was changed meanwhile, and what was read may not be its: open it again
 } gpunvme_status;
 
 // What went wrong in a thread's latest call that failed.
@@ -152,8 +152,8 @@ GPUNVME_API const gpunvme_error* gpunvme_last_error(void);
 GPUNVME_API int gpunvme_open(const char* path, uint32_t mode, gpunvme_handle* source);
 
 // Opens a catalog (docs/catalog-format.md) on a file or block device for reading, as it is now. Whoever changes it
-// later leaves these regions as they are at first, and may overwrite them with its second change. The handle is a
-// source, too.
+// later leaves these regions as they are at first, and may overwrite them with its second change: from then on whatever
+// is read is GPUNVME_ECHANGED. The handle is a source, too.
 //
 // GPUNVME_ECATALOG: there is no catalog, or it is damaged. GPUNVME_ECHANGED: it changed as often as it was looked at.
 GPUNVME_API int gpunvme_open_catalog(const char* path, gpunvme_handle* catalog);
@@ -205,7 +205,6 @@ GPUNVME_API int gpunvme_gather(gpunvme_handle source, const int64_t* offsets, ui
 //
 // GPUNVME_EINVAL: the table has no such region, or two, or its length is no multiple of its record.
 // GPUNVME_ERANGE: the region has no such records, or does not lie in the source.
-// GPUNVME_ECHANGED: the region of a catalog may have been overwritten; so may what was read.
 GPUNVME_API int gpunvme_kind_read(gpunvme_handle source, const gpunvme_kind* table, uint64_t entries, uint64_t kind,
                                   uint64_t index, uint64_t count, void* to, int32_t device, void* stream,
                                   int64_t timeout_ms, gpunvme_report* report);

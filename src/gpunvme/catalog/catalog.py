@@ -104,12 +104,13 @@ class Catalog(Regions):
         source
             As for `Catalog`.
         kinds
-            ``{kind: (start_lba, nbytes)}`` or ``{kind: (start_lba, nbytes, record_size)}``: the first block, and the
-            length in bytes. Records are blocks unless a size is given, or single bytes where the length is no whole
-            number of blocks. Regions may overlap.
+            ``{kind: (start_lba, nbytes)}`` or ``{kind: (start_lba, nbytes, record_size)}``: the number of the first
+            block, counted from the beginning of the source, and the length in bytes, which need not be whole blocks.
+            Records are blocks unless a size is given, or single bytes where the length is no whole number of blocks.
+            Regions may overlap.
         block_size
             Bytes of a block: the namespace's own, which is also the default; 512 by default for files and block
-            devices.
+            devices, whatever their sectors are. With 1 the start is a byte.
 
         Raises
         ------
@@ -125,7 +126,7 @@ class Catalog(Regions):
             own = None if opened.namespace is None else opened.namespace.block_size
             if own is not None and block_size not in (None, own):
                 raise CatalogError(f"blocks have {own} bytes, not {block_size}", filename=opened.name)
-            block = operator.index(block_size or own or _FILE_BLOCK)
+            block = operator.index((own or _FILE_BLOCK) if block_size is None else block_size)
             if block < 1:
                 raise CatalogError(f"blocks of {block} bytes", filename=opened.name)
             regions = tuple(given_region(opened, kind, given, block) for kind, given in sorted(kinds.items()))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,7 +103,8 @@ class Regions:
     def extents(self) -> dict[str, Extent]:
         """Where every region lies, by its name (``#`` and its number, if it has none): what loaders stand on.
 
-        Whoever reads there by itself asks `check` afterwards whether the bytes were still those of this generation.
+        Whoever reads there by itself calls afterwards what `checker` returned before, to know whether the bytes were
+        those of this generation still. `LayerLoader` does.
         """
         file = self._file
         return {
@@ -332,7 +334,11 @@ class Regions:
             If the catalog was changed twice since it was opened or refreshed, or made anew: the space of this
             generation may have been written again.
         """
-        self._check_current(self._generation)
+        self.checker()()
+
+    def checker(self) -> Callable[[], None]:
+        """Return `check` for the generation of now, whatever this object changes or refreshes later."""
+        return functools.partial(self._check_current, self._generation)
 
     def _check_current(self, generation: Generation) -> None:
         # A writer leaves alone what a whole superblock on the target refers to, and takes that superblock away before

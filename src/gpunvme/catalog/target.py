@@ -119,6 +119,7 @@ class Target:
         """Give the lock back and close what was opened here."""
         if self.writable and os.getpid() == self._process:
             self.writable = False
+            self._tell_driver(False)
             try:
                 if self.namespace is None:
                     fcntl.flock(self.file.fileno(), fcntl.LOCK_UN)
@@ -151,7 +152,14 @@ class Target:
             _writers.add(key)
             self._leave = weakref.finalize(self, _writers.discard, key)
             self._leave.atexit = False
+        self._tell_driver(True)
         self.writable = True
+
+    def _tell_driver(self, writes: bool) -> None:
+        """Say that what is written through this file is the catalog's own: others are refused where a catalog is."""
+        source = self.file._native
+        if isinstance(source, NamespaceSource):
+            source.writes_catalog = writes
 
     # --- what is there already
 

@@ -159,7 +159,8 @@ def write(
     overwrite: Annotated[
         str | None,
         typer.Option(
-            help="The device's name once more (for pci:, its address), to write over a partition table or file system.",
+            help="The device's name once more (for pci:, its address), to write over a partition table, a file system "
+            "or a catalog.",
             show_default=False,
         ),
     ] = None,

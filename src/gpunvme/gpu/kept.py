@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from gpunvme.paths.nvme import NamespaceSource
 
 _CUT_THREADS, _MOST_CUT_BLOCKS = 128, 512
+# Transfers at a time that find all they need in place: a loader of layers reads two.
+_LANES = 2
 # What passes a lane at once where only a part of blocks is wanted; and how many cuts that can be.
 _BOUNCE_BYTES = 4 << 20
 MOST_CUTS = 8192
@@ -92,13 +94,15 @@ class KeptQueues:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._closed = False
+        self._lanes: list[Lane] = []
         self.queues = namespace.gpu_queues(device)
         try:
             self.gpu = Gpu(device.index)
             self._cut = own_kernels(self.gpu).kernel("gpunvme_cut")
-            self._lanes = [Lane(self.gpu), Lane(self.gpu)]
+            for _ in range(_LANES):
+                self._lanes.append(Lane(self.gpu))
         except BaseException:
-            self.queues.close()
+            self.close()
             raise
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from gpunvme import file as files
@@ -13,6 +13,7 @@ from gpunvme.errors import FormatError, RangeError
 from gpunvme.models.dtypes import BY_FRAMEWORK_NAME, DTYPES, Dtype
 from gpunvme.models.header import TensorInfo
 from gpunvme.models.index import Checkpoint, Entry
+from gpunvme.paths.nvme import NamespaceSource
 
 
 class Extent(NamedTuple):
@@ -43,7 +44,12 @@ class Extent(NamedTuple):
 
 @runtime_checkable
 class LayerSource(Protocol):
-    """What a `LayerLoader` reads if it is no checkpoint: anything with this method, or a mapping like its result."""
+    """What a `LayerLoader` reads if it is no checkpoint: anything with this method, or a mapping like its result.
+
+    Where the bytes may be overwritten later, there is a method ``checker()`` besides: it returns a function that is
+    called after each read, and raises if the bytes may not be those of the extents any more. A `gpunvme.Catalog` has
+    both.
+    """
 
     def extents(self) -> Mapping[str, tuple[Any, ...]]:
         """Return ``{name: (file, offset, nbytes, dtype, shape)}``, see `Extent`, in the order of the bytes."""
@@ -57,12 +63,14 @@ class OpenSource:
     source
         A checkpoint as `load_file` takes it, a `LayerSource`, or a mapping of extents.
     path
-        Name of the path that must carry every transfer.
+        Name of the path that must carry every transfer, also those of files that are open already.
 
     Attributes
     ----------
     tensors
         ``{name: entry}`` in the order of the source.
+    check
+        Raises if what was read may not be what the source said that it is.
 
     Raises
     ------
@@ -77,13 +85,18 @@ class OpenSource:
     def __init__(self, source: Any, path: str) -> None:
         self._opened: list[Any] = []
         self._by_source: dict[Any, files.File] = {}
+        self.check: Callable[[], None] = _nothing
         try:
             if isinstance(source, Mapping) or hasattr(source, "extents"):
+                checker = getattr(source, "checker", None)
+                if checker is not None:
+                    self.check = checker()
                 described = source if isinstance(source, Mapping) else source.extents()
                 self.tensors = {name: self._entry(name, Extent(*extent), path) for name, extent in described.items()}
             elif isinstance(source, str) and source.startswith("nvme+"):
                 raise FormatError(
-                    "a raw namespace does not say what is where: pass {name: (file, offset, nbytes, dtype, shape)}",
+                    "a raw namespace does not say what is where: pass gpunvme.Catalog(…) of it, if there is one, or "
+                    "{name: (file, offset, nbytes, dtype, shape)}",
                     filename=source,
                 )
             else:
@@ -95,12 +108,13 @@ class OpenSource:
             raise
 
     def _file(self, file: Any, path: str) -> files.File:
-        if isinstance(file, files.File):
+        if isinstance(file, files.File) and path in ("auto", file._forced):
             return file
         key = os.fspath(file) if isinstance(file, os.PathLike) else file
         opened = self._by_source.get(key)
         if opened is None:
-            opened = self._by_source[key] = files.open(file, path=path)
+            opened = _opened_again(file, path) if isinstance(file, files.File) else files.open(file, path=path)
+            self._by_source[key] = opened
             self._opened.append(opened)
         return opened
 
@@ -125,6 +139,18 @@ class OpenSource:
         """Close what was opened here."""
         while self._opened:
             self._opened.pop().close()
+
+
+def _nothing() -> None:
+    """What is checked where nobody changes anything."""
+
+
+def _opened_again(file: files.File, path: str) -> files.File:
+    """Open what a file has open, for another path."""
+    source = file._file
+    if isinstance(source, NamespaceSource):
+        return files.File(source.namespace, path=path)
+    return files.File(source.fileno(), path=path, name=file.name)
 
 
 def _dtype(dtype: Any, name: str, filename: str) -> Dtype:

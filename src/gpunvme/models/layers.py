@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 from gpunvme import many
-from gpunvme.errors import BudgetError, Cancelled, Error, LayerError
+from gpunvme.errors import BudgetError, Cancelled, Error, LayerError, PathError
 from gpunvme.memory import CPU, Device
 from gpunvme.models import residency
 from gpunvme.models.grouping import Group, layers_of
@@ -93,8 +93,9 @@ class LayerLoader:
     Parameters
     ----------
     source
-        A checkpoint as `load_file` takes it (safetensors: file, shards, index, directory; GGUF); or a `LayerSource`, or
-        a mapping ``{name: (file, offset, nbytes, dtype, shape)}``, for plain files, raw namespaces and all else.
+        A checkpoint as `load_file` takes it (safetensors: file, shards, index, directory; GGUF); a `gpunvme.Catalog`,
+        which stays open as long; or a `LayerSource`, or a mapping ``{name: (file, offset, nbytes, dtype, shape)}``, for
+        plain files, raw namespaces and all else.
     device
         Where the layers shall be: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, an int or a `torch.device`.
     slots
@@ -127,6 +128,8 @@ class LayerLoader:
         A budget is too small for the slots, or for any layer.
     RangeError
         An extent lies outside its file.
+    CatalogChangedError
+        A catalog was changed so often that its regions may have been overwritten.
     FileError, NvmeError, CudaError, SpanError, PathError
         As for `gpunvme.open` and `File.read_into`. What goes wrong while a layer is read ahead is raised when that
         layer is asked for; asking again tries again.
@@ -226,14 +229,19 @@ class LayerLoader:
         device, address = self.device, self._memory.address
         staying = ((index, address(memory), device, memory) for index, (memory, _) in self._stay.items())
         copied = ((index, copy.memory.address, CPU, copy.memory) for index, copy in copies.items())
-        for places in (staying, copied):
-            for index, base, where, owner in places:
-                layer = self._layers[index]
-                if layer.runs:
-                    with _noted(layer):
+        for index, base, where, owner in itertools.chain(staying, copied):
+            layer = self._layers[index]
+            if layer.runs:
+                on = stream if where.is_gpu else None
+                with _noted(layer):
+                    try:
                         parts = layer.parts(base, where, owner)
-                        on = stream if where.is_gpu else None
                         self._stats.add(layer, many.read_many(parts, stream=on, timeout=self._timeout))
+                    except PathError as error:
+                        if where != device:
+                            error.add_note("budget_host= keeps it in host memory: leave that out, or take path='auto'")
+                        raise
+        self._source.check()
 
     # --- what there is
 
@@ -359,6 +367,8 @@ class LayerLoader:
         try:
             with _noted(layer):
                 transfer = self._ring.wait(slot, wanted)
+                if transfer is not None and fresh:
+                    self._source.check()
         except BaseException as error:
             self._ring.forget_ahead()
             if self._closing and isinstance(error, Cancelled):

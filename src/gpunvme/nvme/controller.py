@@ -81,7 +81,7 @@ class Controller(AdminCommands):
         Seconds that an admin command may take.
     overwrite
         Name of the transport's device (for ``pci:``, its BDF), to allow writing to a namespace that holds a partition
-        table or a file system.
+        table, a file system or a catalog.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class Namespace:
         if info.metadata_interleaved or info.protected:
             raise NvmeError(f"{self.name}: its blocks carry metadata or protection information; reformat it without")
         self._blocks, self._block_size = info.nsze, info.lba_bytes
-        self._checked_writable = False
+        self._checked_for: bool | None = None  # `check_writable` passed for a catalog's writer (True), or anybody else
 
     @property
     def block_size(self) -> int:
@@ -222,7 +222,8 @@ class Namespace:
         Raises
         ------
         UnsafeDeviceError
-            If the namespace holds a partition table or a file system and `Controller` was not told to overwrite it.
+            If the namespace holds a partition table, a file system or a catalog, and `Controller` was not told to
+            overwrite it.
         RangeError, SpanError, CommandError, NvmeError, CudaError, DeadlineExceeded, Cancelled
             As for `read_into`. After an error each block has its old or its new content, or what the device makes of
             it where its atomic write unit is smaller than a command.
@@ -389,19 +390,24 @@ class Namespace:
         if not self.controller.info.oncs & support:
             raise NvmeError(f"{self.controller.transport.uri} has no {what} command (Identify Controller, ONCS)")
 
-    def check_writable(self) -> None:
+    def check_writable(self, *, catalog: bool = False) -> None:
         """Refuse to write over somebody's data; looked at once.
+
+        Parameters
+        ----------
+        catalog
+            Whether a catalog's writer asks: after it, somebody else is refused.
 
         Raises
         ------
         UnsafeDeviceError
-            If the namespace holds a partition table or a file system, and nobody said that they may go.
+            If the namespace holds a partition table, a file system or a catalog, and nobody said that they may go.
         """
         if self.info.write_protected:
             raise NvmeError(f"{self.name} is write-protected")
-        if not self._checked_writable:
-            refuse_data(self)
-            self._checked_writable = True
+        if self._checked_for != catalog:
+            refuse_data(self, catalog=catalog)
+            self._checked_for = catalog
 
     def _new_buffer(self, nbytes: int, device: Any, shape: tuple[int, ...] | None = None) -> Buffer:
         where = Device.parse(device)

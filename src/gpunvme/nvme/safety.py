@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from gpunvme.errors import TransportError, UnsafeDeviceError
-from gpunvme.nvme.signatures import find_signature
+from gpunvme.nvme.signatures import CATALOG, find_signatures, in_words
 from gpunvme.nvme.sysfs import Machine, controller_name, namespace_names, parse_bdf
 
 # What a machine starts from. Wherever one of these lies is called the boot disk.
@@ -134,11 +134,12 @@ class Claim:
         self._held.callback(os.close, fd)
         size = os.lseek(fd, 0, os.SEEK_END)
         try:
-            found = find_signature(lambda offset, nbytes: _read(fd, offset, nbytes), size)
+            signatures = find_signatures(lambda offset, nbytes: _read(fd, offset, nbytes), size)
         except OSError as error:
             yield Hazard(name, f"cannot be read ({error.strerror})", "see dmesg", True)
             return
-        found = found or _ask_blkid(str(device))
+        # Catalogs are there to be read in user space, and are looked for again before anything is written (`guard`).
+        found = in_words(each for each in signatures if each.kind != CATALOG) or _ask_blkid(str(device))
         if found:
             yield Hazard(
                 name, f"holds {found}", f"look at it with lsblk -f; if it may go: wipefs --all {device}", False

@@ -8,7 +8,7 @@ are those of each format's own documentation, named beside them; util-linux's li
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 # Returns ``nbytes`` bytes at an offset; both lie within the device.
@@ -18,12 +18,15 @@ _HEAD = 320 << 10  # ZFS's first label ends at 256 KiB, reiserfs and others begi
 _TAIL = 128 << 10
 _BLOCK_SIZES = (512, 4096)
 
+#: The kind of our own catalogs.
+CATALOG = "gpunvme catalog"
+
 
 @dataclass(frozen=True)
 class Signature:
     """What was found, and where.
 
-    ``kind`` is "partition table", "file system", "volume member", "swap area" or "encrypted volume".
+    ``kind`` is "partition table", "file system", "volume member", "swap area", "encrypted volume" or `CATALOG`.
     """
 
     kind: str
@@ -62,6 +65,7 @@ _MAGIC = (
     ("volume member", "Linux RAID 1.1", 0, b"\xfc\x4e\x2b\xa9"),  # md_p.h, MD_SB_MAGIC a92b4efc
     ("volume member", "Linux RAID 1.2", 4096, b"\xfc\x4e\x2b\xa9"),
     ("volume member", "Ceph BlueStore", 0, b"bluestore block device"),
+    *((CATALOG, CATALOG, slot, b"GPUNVMEC") for slot in (0, 64 << 10)),  # docs/catalog-format.md; one of two is enough
 )
 _ZFS_UBERBLOCK = (0x00BAB10C).to_bytes(8, "little"), (0x00BAB10C).to_bytes(8, "big")
 
@@ -88,7 +92,12 @@ def find_signatures(read: Read, nbytes: int) -> list[Signature]:
 
 def find_signature(read: Read, nbytes: int) -> str:
     """Say what a device holds, as part of a sentence; empty if nothing is recognised. Parameters: `find_signatures`."""
-    return " and ".join(dict.fromkeys(str(signature) for signature in find_signatures(read, nbytes)))
+    return in_words(find_signatures(read, nbytes))
+
+
+def in_words(signatures: Iterable[Signature]) -> str:
+    """Say what was found, as part of a sentence."""
+    return " and ".join(dict.fromkeys(map(str, signatures)))
 
 
 def _partition_tables(head: bytes) -> Iterator[Signature]:

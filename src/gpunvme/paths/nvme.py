@@ -40,6 +40,8 @@ class NamespaceSource:
     ----------
     on_close
         What a path keeps for it, let go of before the controller.
+    writes_catalog
+        Whether who writes is a catalog's writer, who looks after what is there.
     """
 
     is_block_device = True
@@ -49,6 +51,7 @@ class NamespaceSource:
         self.writable = writable
         self._owned = owned
         self.on_close = ExitStack()
+        self.writes_catalog = False
 
     def size(self) -> int:
         """Bytes in the namespace."""
@@ -85,7 +88,7 @@ class NamespaceSource:
             raise SpanError(
                 f"{self.namespace.name} is written in whole blocks of {block} bytes; {nbytes} bytes at {offset} are not"
             )
-        self.namespace.check_writable()
+        self.namespace.check_writable(catalog=self.writes_catalog)
 
     def flush(self) -> None:
         """Wait until what was written is on the medium."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -53,7 +55,7 @@ def load(path: str | os.PathLike[str], map_location: MapLocation = None, *, weig
         wanted = _storages(os.pread(fd, records["data.pkl"].nbytes, records["data.pkl"].at), records, name)
         with File(fd, "r", name=name) as file:
             ready = _read(file, wanted, map_location)
-        return _unpickle(fd, name, wanted, ready, weights_only)
+        return _unpickle(fd, name, wanted, ready, map_location, weights_only)
     finally:
         os.close(fd)
 
@@ -200,28 +202,94 @@ def _device(location: str, map_location: MapLocation) -> torch.device:
     return device
 
 
+class _Places(dict[Any, Any]):
+    """What `torch.load` is given as its ``map_location``: every storage is already where it goes.
+
+    A function would do for storages. But tensors that are made of others (wrapper subclasses, such as those of
+    quantised weights) have a device besides, and of what is mapped PyTorch then takes a mapping, and no function. So
+    each storage is said to go to a place of its own kind, for which `_placed` is registered.
+
+    Parameters
+    ----------
+    wanted
+        Storages in the order in which PyTorch asks for them: for each once, unless it has no bytes.
+    ready
+        They themselves.
+    map_location
+        The caller's.
+    """
+
+    def __init__(
+        self, wanted: list[_Wanted], ready: Mapping[str, torch.UntypedStorage], map_location: MapLocation, name: str
+    ) -> None:
+        super().__init__()
+        self._order = iter(wanted)
+        self._ready = ready
+        self._map_location = map_location
+        self._name = name
+        self._given: set[str] = set()
+        self._tag = f"{_PLACED}{next(_numbers)}:"
+        _placing[self._tag] = self
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return where a storage, by its location, or a tensor, by its device, goes."""
+        if not isinstance(key, torch.device):
+            return f"{self._tag}{key}"
+        mapped = self._map_location
+        if isinstance(mapped, Mapping):
+            return mapped.get(str(key), key)
+        return key if mapped is None else mapped
+
+    def place(self, nbytes: int, location: str) -> torch.UntypedStorage:
+        """Return the storage that PyTorch asks for now."""
+        each = next((each for each in self._order if each.key not in self._given), None)
+        if each is None or (each.location, each.nbytes) != (location, nbytes):
+            raise FormatError("PyTorch asks for other storages than the archive names", filename=self._name)
+        if each.nbytes:
+            self._given.add(each.key)
+        return self._ready[each.key]
+
+
+_PLACED = "gpunvme-placed-"
+_numbers = itertools.count()
+_placing: weakref.WeakValueDictionary[str, _Places] = weakref.WeakValueDictionary()
+
+
+def _placed(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    """Give `torch.load` a storage that `_Places` named."""
+    if not location.startswith(_PLACED):
+        return None
+    tag, _, saved_from = location.partition(":")
+    return _placing[f"{tag}:"].place(storage.nbytes(), saved_from)
+
+
+# Behind PyTorch's own, which have 10 to 23 and know no such location.
+torch.serialization.register_package(1000, lambda storage: None, _placed)
+
+
 def _unpickle(
-    fd: int, name: str, wanted: list[_Wanted], ready: Mapping[str, torch.UntypedStorage], weights_only: bool
+    fd: int,
+    name: str,
+    wanted: list[_Wanted],
+    ready: Mapping[str, torch.UntypedStorage],
+    map_location: MapLocation,
+    weights_only: bool,
 ) -> Any:
     """Let torch.load build the object around the storages, which are full already.
 
-    It maps the file (mmap=True), so that it reads nothing but the pickle, and asks for each storage's place in the
-    order of the pickle: not for a second time, unless it has no bytes.
+    It maps the file (mmap=True), so that it reads nothing but the pickle.
     """
-    order = iter(wanted)
-    given: set[str] = set()
-
-    def place(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
-        each = next((each for each in order if each.key not in given), None)
-        if each is None or (each.location, each.nbytes) != (location, storage.nbytes()):
-            raise FormatError("PyTorch asks for other storages than the archive names", filename=name)
-        if each.nbytes:
-            given.add(each.key)
-        return ready[each.key]
-
+    places = _Places(wanted, ready, map_location, name)
     try:
-        return torch.load(f"/proc/self/fd/{fd}", map_location=place, weights_only=weights_only, mmap=True)
+        loaded = torch.load(f"/proc/self/fd/{fd}", map_location=places, weights_only=weights_only, mmap=True)
     except RuntimeError as error:
         if "PytorchStreamReader" not in str(error):
             raise
         raise FormatError(str(error).partition("\n")[0], filename=name) from None
+    for each in wanted:
+        # PyTorch makes memory that can grow as large as a tensor says that it is; what is added is anything.
+        if ready[each.key].nbytes() != each.nbytes:
+            raise FormatError(
+                f"a tensor reaches beyond its storage, record 'data/{each.key}' of {each.nbytes} bytes", filename=name
+            )
+    return loaded

@@ -12,6 +12,7 @@ import torch
 from gpunvme.errors import FileError, SpanError
 from gpunvme.file import File
 from gpunvme.file import open as open_file
+from gpunvme.paths.nvme import NamespaceSource, is_namespace
 
 if TYPE_CHECKING:
     from gpunvme.nvme.namespace import Namespace
@@ -32,7 +33,7 @@ def register(source: File | Namespace) -> str:
     known = getattr(source, _ATTRIBUTE, None)
     if known is not None and _open.get(known) is source:
         return str(known)
-    if not hasattr(source, "read_into") or not hasattr(source, "write_from"):
+    if not isinstance(source, File) and not is_namespace(source):
         raise TypeError(f"a source is a path, a URI, a gpunvme.File or a Namespace, not a {type(source).__name__}")
     name = f"{_PREFIX}{next(_numbers)}"
     setattr(source, _ATTRIBUTE, name)
@@ -60,7 +61,7 @@ def read_into_tensor(
     offset
         Where to start, in bytes.
     lba
-        For a namespace: the block to start at, in place of ``offset``.
+        For a namespace, by whatever it was opened: the block to start at, in place of ``offset``.
 
     Returns
     -------
@@ -114,6 +115,8 @@ def write_from_tensor(
 def _place(source: Any, offset: int, lba: int | None) -> tuple[str, int, bool]:
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
+        if name.startswith(_PREFIX):  # a file that is called so is no registered one
+            name = os.path.join(os.curdir, name)
     else:
         name = getattr(source, _ATTRIBUTE, None) or register(source)
     if lba is None:
@@ -135,14 +138,18 @@ def _source(name: str, mode: str) -> tuple[Any, bool]:
 
 def _start(source: Any, start: int, blocks: bool) -> int:
     """Return where to start, in what the source counts in: a namespace counts blocks, a file bytes."""
-    size = getattr(source, "block_size", None)
-    if blocks and size is None:
-        raise SpanError(f"{source!r} has no blocks: say where to start by offset=, in bytes")
-    if blocks or size is None:
+    if isinstance(source, File):
+        if not blocks:
+            return start
+        inner = source._file
+        if not isinstance(inner, NamespaceSource):
+            raise SpanError(f"{source!r} has no blocks: say where to start by offset=, in bytes")
+        return start * inner.namespace.block_size
+    if blocks:
         return start
-    if start % size:
-        raise SpanError(f"offset {start} is not at a block of {size} bytes of {source!r}")
-    return int(start // size)
+    if start % source.block_size:
+        raise SpanError(f"offset {start} is not at a block of {source.block_size} bytes of {source!r}")
+    return int(start // source.block_size)
 
 
 def _read(tensor: torch.Tensor, source: str, start: int, blocks: bool) -> None:
