@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gpunvme import _native
 from gpunvme.errors import CudaError, SpanError
+from gpunvme.freeing import free_gpu, free_what_waits
 from gpunvme.streams import current_gpu
 
 _PAGE = 4096
@@ -151,12 +152,13 @@ class Buffer:
             address = address_of(memory)
             start = (congruent_to - address) % _PAGE
             return cls(Span(address + start, nbytes, where, True, memory), shape)
+        free_what_waits()
         try:
             pointer = _native.gpu_allocate(where.index, max(nbytes, 1))
         except _native.Failure as failure:
             raise CudaError(f"cannot allocate {nbytes} bytes on {where}: {failure.args[1]}") from None
         owner = _GpuMemory()
-        weakref.finalize(owner, _free_gpu, where.index, pointer).atexit = False
+        weakref.finalize(owner, free_gpu, where.index, pointer).atexit = False
         return cls(Span(pointer, nbytes, where, True, owner), shape)
 
     @property
@@ -389,13 +391,6 @@ class _GpuMemory:
     """Frees its allocation when nobody uses it any more."""
 
     __slots__ = ("__weakref__",)
-
-
-def _free_gpu(device: int, pointer: int) -> None:
-    try:
-        _native.gpu_free(device, pointer)
-    except _native.Failure:
-        pass  # the context, and the memory with it, is gone already
 
 
 def _name(thing: object) -> str:

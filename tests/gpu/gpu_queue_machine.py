@@ -83,6 +83,11 @@ class Int64s:
         return {**self._buffer.__cuda_array_interface__, "shape": (self._buffer.nbytes // 8,), "typestr": "<i8"}
 
 
+def allocated_bytes() -> int:
+    """GPU memory that this process has; only the emulated GPU knows."""
+    return fake.counters().live_allocated_bytes if EMULATED else 0
+
+
 def allocations_wait_for_kernels() -> None:
     """For threads that allocate while kernels of others run, which end by themselves. Otherwise that is an error."""
     if EMULATED:

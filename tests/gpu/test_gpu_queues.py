@@ -7,6 +7,7 @@ kernels would hang, or compute with wrong bytes.
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 
 import numpy as np
@@ -20,6 +21,7 @@ from gpu_queue_machine import (
     SIZE,
     Int64s,
     all_slots_are_free,
+    allocated_bytes,
     allocations_wait_for_kernels,
     few,
     machine,
@@ -284,3 +286,20 @@ def test_launches_have_ranges(data: bytes, monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(each.startswith("gather of 100 ") for each in launches) >= 2, lasted
     assert ", launch " in launches[-1], lasted
     assert any("lost on GPU queues of soft:ram" in each for each in lasted), lasted
+
+
+def test_memory_that_is_let_go_while_a_kernel_runs_is_freed_behind_it(data: bytes) -> None:
+    """Freeing it at once would wait for the kernel, which may need what this thread is to do next."""
+    with machine(data, timeout=60) as m:
+        m.inject("delay:300#1")
+        rows, let_go = Buffer.empty(16 * BLOCK, GPU), Buffer.empty(1 << 20, GPU)
+        lbas = some_lbas(m.namespace, 16, 1)
+        held = allocated_bytes()
+        transfer = m.queues.gather(lbas, rows, wait=False)
+        del let_go
+        gc.collect()
+        assert allocated_bytes() == held or transfer.done
+        transfer.wait(60)
+        if EMULATED:
+            assert allocated_bytes() == held - (1 << 20)
+        assert rows.numpy().tobytes() == rows_of(data, lbas, 1)

@@ -278,11 +278,14 @@ class CachedArray:
         return start, -(-(first + count) * each // self.line_bytes) - start
 
     def _run_pins(self, kernel: str, line: int, lines: int, flags: int) -> None:
-        with self.queues._set.gate:
-            self.queues._set.wait_until_up()
-            blocks = min(-(-lines // THREADS), self.queues.count * 2)
-            self._launch(kernel, struct.pack("<4Q", self.handle, flags, line, lines), blocks, self._memory.stream)
-        self._gpu.synchronize(self._memory.stream)
+        queues = self.queues._set
+        with queues.running.launching():
+            with queues.gate:
+                queues.wait_until_up()
+                blocks = min(-(-lines // THREADS), self.queues.count * 2)
+                argument = struct.pack("<4Q", self.handle, flags, line, lines)
+                self._launch(kernel, argument, blocks, self._memory.stream)
+            self._gpu.synchronize(self._memory.stream)
 
     # --- looking after it
 

@@ -51,10 +51,11 @@ class CacheGathers:
             indices = self._upload(indices)
         if self._used:
             self._gpu.wait_event(stream, self._event)  # they share the list of what was missed
-        for first in range(0, count, CHUNK):
-            here = out + first * self._element_bytes
-            self._launch_chunk(indices + 8 * first, here, min(CHUNK, count - first), stream)
-        self._gpu.record(self._event, stream)
+        with self._queues._set.running.launching(self._event):
+            for first in range(0, count, CHUNK):
+                here = out + first * self._element_bytes
+                self._launch_chunk(indices + 8 * first, here, min(CHUNK, count - first), stream)
+            self._gpu.record(self._event, stream)
         self._used = True
 
     def _launch_chunk(self, indices: int, out: int, count: int, stream: int) -> None:
@@ -93,4 +94,5 @@ class CacheGathers:
             self._free_indices()
         except CudaError:
             pass  # a kernel failed, and with it the whole context: the driver has taken everything
+        self._queues._set.running.ended(self._event)
         self._gpu.destroy(event=self._event)

@@ -238,10 +238,11 @@ class Moves:
             self._set.wait_until_up()
             if work.kernel == "stream" and self._last_stream_job:
                 self.gpu.wait_event(work.stream, self._last_stream_job)  # they share buffers
-            room.begin(work.stream, again=again)
-            kernel = self._kernels[work.kernel]
-            self.gpu.launch(kernel, (work.grid, 1, 1), (work.threads, 1, 1), packed, work.stream)
-            room.end(work.stream)
+            with self._set.running.launching(room.event):
+                room.begin(work.stream, again=again)
+                kernel = self._kernels[work.kernel]
+                self.gpu.launch(kernel, (work.grid, 1, 1), (work.threads, 1, 1), packed, work.stream)
+                room.end(work.stream)
             if work.kernel == "stream":
                 self._last_stream_job = room.event
 
@@ -332,6 +333,7 @@ class Moves:
         with self._changed:
             rooms, self._rooms = self._rooms, []
         for room in rooms:
+            self._set.running.ended(room.event)
             room.free()
 
     def failures(self, room: Room, count: int) -> NDArray[np.void]:
@@ -347,4 +349,5 @@ class Moves:
     def job_ended(self, movement: KernelMovement, room: Room) -> None:
         """A job is over: its room may be used again."""
         self._set.jobs.discard(movement)
+        self._set.running.ended(room.event)
         self._give_room(room)

@@ -18,6 +18,7 @@ from gpunvme.errors import CudaError, DeadlineExceeded, NvmeError
 from gpunvme.gpu.doorbells import GpuDoorbells
 from gpunvme.gpu.driver import Gpu
 from gpunvme.gpu.memory import GpuMemory, Layout, QueueMemory
+from gpunvme.gpu.running import Running
 from gpunvme.gpu.shared_memory import SharedAllocator
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class QueueSet:
     ----------
     jobs
         What is in flight; the watcher looks more often then.
+    running
+        Whether any kernel that uses them runs, of those that are launched here.
     """
 
     def __init__(
@@ -122,6 +125,8 @@ class QueueSet:
         try:
             self.stream = gpu.stream()
             self.keep.callback(gpu.destroy, stream=self.stream)
+            self.running = Running(gpu)
+            self.keep.callback(self.running.close)
             self.shared = SharedAllocator(gpu, self._controller, placement, self.stream)
             depth, slots = shape.depth, shape.slots
             self._layout = Layout.ask(gpu, kernels["layout"], depth, slots, self.stream)
