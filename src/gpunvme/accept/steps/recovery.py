@@ -1,0 +1,146 @@
+"""What a driver must survive: commands aborted, the controller reset under load, its process killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+
+from gpunvme import nvme
+from gpunvme.accept.children import environment
+from gpunvme.accept.job import MIB, Job, compare, contents
+from gpunvme.accept.result import Result
+from gpunvme.accept.steps.driver import area_of, fill
+from gpunvme.accept.steps.killed import VALUE
+from gpunvme.errors import CommandError
+from gpunvme.nvme.status import Status, code
+from gpunvme.nvme.transport import connect
+
+_SEED = 30
+_RESETS, _WORKERS = 3, 2
+_KILLS = 2
+_SECONDS = 30.0
+
+
+def abort(job: Job) -> Result:
+    """Abort commands while they are under way: what is not reported as aborted arrives whole."""
+    asked = aborted = reported = 0
+    with nvme.open(job.uri, queues=1, depth=256) as controller:
+        data = fill(controller, job, _SEED)
+        namespace = controller.namespace(job.nsid)
+        for _ in range(4):
+            found = np.zeros(job.area_nbytes, np.uint8)
+            reading = namespace.read_into(found, area_of(job), wait=False, timeout=_SECONDS)
+            for cid in range(16):
+                asked += 1
+                aborted += controller.abort(1, cid)
+            try:
+                reading.wait(_SECONDS)
+            except CommandError as error:
+                if {code(failed.status) for failed in error.failures} != {Status.ABORT_REQUESTED}:
+                    raise
+                reported += len(error.failures)
+            else:
+                compare(found, data, "what was read while commands were aborted")
+        found = namespace.read(area_of(job), job.area_nbytes // job.block_size).numpy()
+        compare(found, data, "what was read afterwards")
+    said = f"{asked} aborts asked for, {aborted} done"
+    return Result(said + (f", {reported} commands reported" if reported else ""), facts={"left": _SEED})
+
+
+def reset(job: Job) -> Result:
+    """Reset the controller under load, then the function: nothing is lost, nothing is wrong."""
+    half = job.area_nbytes // _WORKERS // MIB * MIB
+    nbytes = min(half, MIB)
+    with nvme.open(job.uri, queues=2, depth=32) as controller:
+        namespace = controller.namespace(job.nsid)
+        stop = threading.Event()
+        failures: list[Exception] = []
+        rounds = [0] * _WORKERS
+        again = [threading.Event() for _ in range(_WORKERS)]
+
+        def work(which: int) -> None:
+            lba = area_of(job) + which * half // job.block_size
+            try:
+                while not stop.is_set():
+                    data = contents(1000 * which + rounds[which], nbytes)
+                    namespace.write_from(data, lba, timeout=_SECONDS)
+                    found = np.zeros(nbytes, np.uint8)
+                    namespace.read_into(found, lba, timeout=_SECONDS)
+                    compare(found, data, f"what was read between resets, round {rounds[which]}")
+                    rounds[which] += 1
+                    again[which].set()
+            except Exception as error:  # noqa: BLE001 - raised below
+                failures.append(error)
+                again[which].set()
+
+        threads = [threading.Thread(target=work, args=(which,)) for which in range(_WORKERS)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(_RESETS):
+                # Between two resets each has to come through once.
+                for event in again:
+                    event.clear()
+                for event in again:
+                    event.wait(_SECONDS)
+                controller.reset()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        if failures:
+            raise failures[0]
+        fill(controller, job, _SEED + 1)
+    said = f"{_RESETS} times under load, {sum(rounds)} MiB written and read meanwhile; "
+    return Result(said + _reset_function(job), facts={"left": _SEED + 1})
+
+
+def _reset_function(job: Job) -> str:
+    transport = connect(job.uri)
+    try:
+        if getattr(transport, "can_reset", True):
+            transport.reset()
+            said = "the function was reset, too"
+        else:
+            said = "the function has no reset"
+    finally:
+        transport.close()
+    with nvme.open(job.uri) as controller:
+        found = controller.namespace(job.nsid).read(area_of(job), job.area_nbytes // job.block_size).numpy()
+        compare(found, contents(_SEED + 1, job.area_nbytes), "what was read after the function was reset")
+    return said
+
+
+def killed(job: Job) -> Result:
+    """Kill a process that writes: the next one finds a controller that works, and what was acknowledged."""
+    for _ in range(_KILLS):
+        writer = subprocess.Popen(
+            [sys.executable, "-m", "gpunvme.accept.steps.killed", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(),
+        )
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        try:
+            writer.stdin.write(job.encode().encode() + b"\n")
+            writer.stdin.flush()
+            if writer.stdout.readline() != b"written\n":
+                raise ValueError(f"the process that was to be killed could not write, and ended with {writer.wait()}")
+            time.sleep(0.05)  # it goes on writing the same
+        finally:
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+            writer.stdin.close()
+            writer.stdout.close()
+        with nvme.open(job.uri) as controller:
+            found = controller.namespace(job.nsid).read(area_of(job), job.area_nbytes // job.block_size).numpy()
+            compare(found.reshape(-1), np.full(job.area_nbytes, VALUE, np.uint8), "what a killed process had written")
+            fill(controller, job, _SEED + 2)
+    return Result(f"{_KILLS} times while it wrote; the controller came back each time", facts={"left": _SEED + 2})
