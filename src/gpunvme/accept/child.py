@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from gpunvme.accept.job import Job
 from gpunvme.accept.result import Result, Skipped
+from gpunvme.errors import UnsafeDeviceError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -41,11 +42,18 @@ def answer_of(function: Function, job: Job) -> dict[str, object]:
         result = function(job)
     except Skipped as why:
         return {"outcome": "skipped", "reason": str(why)}
+    except UnsafeDeviceError as error:
+        # Nothing was written: it is always said before.
+        return {"outcome": "failed", "reason": _words(error), "facts": {"untouched": True}}
     except Exception as error:  # noqa: BLE001 - a step that fails is a row, and not the end
-        text = " ".join(str(error).split())
-        return {"outcome": "failed", "reason": f"{type(error).__name__}: {text}" if text else type(error).__name__}
+        return {"outcome": "failed", "reason": _words(error)}
     figures = [vars(figure) for figure in result.figures]
     return {"outcome": "passed", "reason": result.seen, "figures": figures, "facts": result.facts}
+
+
+def _words(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def main(parent: int, pipe: int) -> None:

@@ -39,6 +39,8 @@ class Step:
         Whether it needs a GPU, or a directory.
     vital
         Whether nothing more may be written if it fails.
+    follows
+        A driver with which a step must have passed before.
     options
         For the function, in `Job.options`.
     """
@@ -51,6 +53,7 @@ class Step:
     gpu: bool = False
     directory: bool = False
     vital: bool = False
+    follows: str = ""
     options: tuple[tuple[str, Any], ...] = ()
 
 

@@ -54,7 +54,7 @@ def _with_ours(called: str, driver: str) -> list[Step]:
 
     steps = [
         step("identify", "controller brought up, identified, its health", "driver:identify"),
-        step("patterns", "what the kernel wrote read; patterns written, read, compared", "driver:patterns"),
+        step("patterns", "what was on it read; patterns written, read, compared", "driver:patterns"),
         step("queues", "random blocks over queues of several shapes", "driver:queues"),
         step("sizes", "one block to many times MDTS, memory of any alignment", "driver:sizes"),
         step("interrupts", "each vector arrives", "interrupts:vectors"),
@@ -66,10 +66,11 @@ def _with_ours(called: str, driver: str) -> list[Step]:
     ]
     for placement, what in _TIERS.items():
         steps.append(step(f"GPU queues {placement}", what, "gpu:queues", gpu=True, seconds=180, placement=placement))
-    left = Step(
-        f"{called} read back", "what it wrote, read by the kernel", f"{_STEPS}kernel:read_what_was_left", KERNEL_DRIVER
-    )
-    return [*steps, left]
+    left, what = f"{_STEPS}kernel:read_what_was_left", "what it wrote, read by the kernel"
+    return [
+        *steps,
+        Step(f"{called} read back", "what it wrote, read by the kernel", left, KERNEL_DRIVER, follows=driver),
+    ]
 
 
 FIRST = Step("machine", "what the doctor sees", f"{_STEPS}machine:examine", seconds=90)

@@ -25,6 +25,7 @@ from gpunvme.nvme.sysfs import Machine
 
 _CUSTODY = "gpunvme.accept.steps.custody:"
 _TAKE_SECONDS = 90.0
+_OURS = ("left", "limits", "untouched", "uri")  # facts for the steps that follow
 Show = Callable[[str], None]
 
 
@@ -163,6 +164,7 @@ class _Session:
         )
         self._no_gpu = "the machine was not looked at"
         self._refused: dict[str, str] = {}  # drivers that cannot have it, and why
+        self._worked: set[str] = set()  # drivers with which a step passed
         self._over = ""  # why nothing more is done to the drive
         self._written = False
 
@@ -197,7 +199,7 @@ class _Session:
 
     def _note(self, row: Row) -> None:
         privacy = self._acceptance.privacy
-        facts = privacy.of({name: fact for name, fact in row.facts.items() if name not in ("left", "limits", "uri")})
+        facts = privacy.of({name: fact for name, fact in row.facts.items() if name not in _OURS})
         self._acceptance.rows.append(
             Row(row.step, row.what, row.outcome, privacy.text(row.reason), row.seconds, row.figures, facts)
         )
@@ -208,19 +210,28 @@ class _Session:
             self._note(Row.skipped(step.name, step.what, why_not))
             return
         self._show(f"{step.name}: {step.what}")
-        self._written = self._written or step.driver is not None
+        written, self._written = self._written, self._written or step.driver is not None  # also if it is interrupted
         row = children.run(step, self._job)
         self._note(row)
-        if step.driver is not None and row.outcome is not Outcome.SKIPPED:
-            # After a step that failed nobody knows what it had written.
-            left = row.facts.get("left") if row.outcome is Outcome.PASSED else None
-            self._job = self._job.with_(left=left, limits=self._job.limits | row.facts.get("limits", {}))
+        if step.driver is not None:
+            self._written = written or not row.facts.get("untouched")
+            self._remember(step.driver, row)
         if "cuda" in row.facts:
             self._no_gpu = str(row.facts["cuda"])
         if row.outcome is Outcome.FAILED and step.vital:
             self._over = f"{step.name!r} failed"
         if children.stuck:
             self._over = f"{children.stuck!r} hangs in the kernel and cannot be ended"
+
+    def _remember(self, driver: str, row: Row) -> None:
+        """Note what a step did to the drive."""
+        if row.outcome is Outcome.SKIPPED:
+            return
+        # After a step that failed nobody knows what it had written.
+        left = row.facts.get("left") if row.outcome is Outcome.PASSED else None
+        self._job = self._job.with_(left=left, limits=self._job.limits | row.facts.get("limits", {}))
+        if row.outcome is Outcome.PASSED:
+            self._worked.add(driver)
 
     def _why_not(self, step: Step) -> str:
         """Return why a step is not begun, or nothing."""
@@ -233,6 +244,8 @@ class _Session:
             return self._no_gpu
         if step.driver is not None and self._over:
             return self._over
+        if step.follows and step.follows not in self._worked:
+            return f"nothing was done with {step.follows}"
         return self._refused.get(step.driver or "", "")
 
     def _hand_over(self, step: Step, children: Children) -> str:

@@ -1,8 +1,9 @@
 """``pci:BDF``: a controller on the PCI bus, through the kernel's VFIO.
 
 The kernel opens the function for us and lets its IOMMU translate only what we map; registers and doorbells are memory
-of this process (BAR0). The driver polls; interrupts are for who asks (`vfio_interrupts`). `vfio_group` and `iommufd` are the two ways to open it, `pinned` is memory
-for machines without an IOMMU, `bind` hands a function to vfio-pci in the first place.
+of this process (BAR0). The driver polls; interrupts are for who asks (`vfio_interrupts`). `vfio_group` and `iommufd`
+are the two ways to open it, `pinned` is memory for machines without an IOMMU, `bind` hands a function to vfio-pci in
+the first place.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import time
 from gpunvme.accept.job import Job
 from gpunvme.accept.result import Result, Skipped
 from gpunvme.errors import TransportError, UnsafeDeviceError
-from gpunvme.nvme.bind import KERNEL_DRIVER, OWN_DRIVER, bind, unbind, user_nodes
+from gpunvme.nvme.bind import KERNEL_DRIVER, OWN_DRIVER, Change, bind, unbind, user_nodes
 from gpunvme.nvme.sysfs import Machine, group_members, namespace_names, nvme_function
 
 _PATIENCE = 30.0  # seconds for a process that was ended to let go of the drive, and for devices to appear
@@ -45,19 +45,18 @@ def take(job: Job) -> Result:
 def give_back(job: Job) -> Result:
     """Give the drive to the kernel's driver, and wait for its block device."""
     give_up = time.monotonic() + _PATIENCE
-    while True:
+    change: Change | None = None
+    while change is None:
         try:
             change = unbind(job.address, timeout=_PATIENCE)
-            break
         except UnsafeDeviceError:
             # A process that was ended holds it until the kernel has put its memory in order.
             if time.monotonic() > give_up:
                 raise
             time.sleep(_STEP)
     block_device(job)
-    return Result(
-        f"from {change.before or 'no driver'} to {change.after}" if change.changed else f"is with {change.after}"
-    )
+    before = f"from {change.before or 'no driver'} to" if change.changed else "it is with"
+    return Result(f"{before} {change.after}")
 
 
 def block_device(job: Job) -> str:

@@ -54,6 +54,7 @@ def identify(job: Job) -> Result:
             "percentage_used": health.percentage_used,
             "media_errors": health.media_errors,
             "errors": [describe(error.status_field) for error in errors[:4]],
+            "left": job.left,
         }
     limit = "no limit" if largest is None else f"{largest >> 10} KiB"
     said = f"{info.mn}, firmware {info.fr}, NVMe {facts['version']}; MDTS {limit}, {facts['io_queues']} I/O queues of "
@@ -76,8 +77,8 @@ def patterns(job: Job) -> Result:
         namespace, first = controller.namespace(job.nsid), area_of(job)
         if job.left is not None:
             found = namespace.read(first, job.area_nbytes // job.block_size).numpy()
-            compare(found, contents(job.left, job.area_nbytes), "what the kernel wrote")
-            said.append(f"the kernel's {job.area_nbytes >> 20} MiB were read")
+            compare(found, contents(job.left, job.area_nbytes), "what was on it")
+            said.append(f"{job.area_nbytes >> 20} MiB that were on it were read")
         nbytes = min(job.area_nbytes, 4 * MIB)
         for value in (0x00, 0xFF, 0xAA, 0x55):
             write_and_compare(namespace, np.full(nbytes, value, np.uint8), first, f"pattern {value:02X}h")

@@ -70,12 +70,10 @@ def _places(job: Job, each: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
 def read_namespace(job: Job) -> Result:
     """Read the area into GPU memory by the host's own queues, and compare."""
     with nvme.open(job.uri) as controller:
-        if job.left is None:
-            data = fill(controller, job, _SEED)
-        else:
-            data = contents(job.left, job.area_nbytes)
+        seed = _SEED if job.left is None else job.left
+        data = fill(controller, job, seed) if job.left is None else contents(seed, job.area_nbytes)
         out = Buffer.empty(job.area_nbytes, job.device)
         done = controller.namespace(job.nsid).read_into(out, area_of(job))
         compare(out.numpy(), data, f"what {job.device} was given")
     figure = Figure("read", job.area_nbytes / done.seconds / 1e9, "GB/s", **job.limit("kernel read", "the kernel's"))
-    return Result(done.reason, (figure,), {"left": _SEED if job.left is None else job.left})
+    return Result(done.reason, (figure,), {"left": seed})

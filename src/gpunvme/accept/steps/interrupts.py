@@ -46,7 +46,7 @@ def vectors(job: Job) -> Result:
                 namespace.gather(places)
                 waiting = {vector for vector in waiting if not _arrived(events[vector])}
     total = transport.interrupt_vectors
-    return Result(f"{wanted} of {total} vectors tried, each arrived", facts={"vectors": total})
+    return Result(f"{wanted} of {total} vectors tried, each arrived", facts={"vectors": total, "left": job.left})
 
 
 def _arrived(event: int) -> bool:

@@ -38,8 +38,9 @@ def claimed(job: Job) -> Iterator[Target]:
 
 
 def write_and_read(job: Job) -> Result:
-    """Write random bytes O_DIRECT, read them by the host path, compare; not before it was seen once more to be empty."""
+    """See once more that it is empty; write random bytes O_DIRECT, read them by the host path, compare."""
     with claimed(job) as target:
+        _check_nobody_came(target)
         where = first_data(target.file.fileno(), [(job.area, job.area_nbytes), (job.far, MIB), (0, MIB)])
         if where is not None:
             raise UnsafeDeviceError(f"somebody wrote to it since it was looked at: there is data at byte {where}")
@@ -52,7 +53,7 @@ def write_and_read(job: Job) -> Result:
         compare(found.numpy(), wanted, "what the kernel wrote")
         compare(target.file.read(job.far, MIB).numpy(), contents(_FAR_SEED, MIB), "near the end of the drive")
         raw, iops = _raw_speeds(job, target.file.fileno(), found)
-    link = {"limit": job.limits["link"], "limit_what": "the link"} if "link" in job.limits else {}
+    link = job.limit("link", "the link")
     figures = (
         Figure("write", job.area_nbytes / written.seconds / 1e9, "GB/s", **link),
         Figure("read", job.area_nbytes / done.seconds / 1e9, "GB/s", raw, "raw O_DIRECT"),
@@ -61,8 +62,15 @@ def write_and_read(job: Job) -> Result:
     return Result(f"by {done.path}: {done.reason}", figures, {"left": _SEED, "limits": limits})
 
 
+def _check_nobody_came(target: Target) -> None:
+    """Raise if somebody has made use of the drive meanwhile."""
+    found = target.contents()
+    if found:
+        raise UnsafeDeviceError(f"somebody wrote to it since it was looked at: it holds {found}")
+
+
 def _raw_speeds(job: Job, fd: int, memory: Buffer) -> tuple[float, float]:
-    """Return the speed of reads of 1 MiB, in GB/s, and of 4 KiB, in IOPS: at depth, with nothing of ours but io_uring."""
+    """Return the speed of reads of 1 MiB in GB/s, and of 4 KiB in IOPS: at depth, and with nothing but io_uring."""
     name = f"/proc/self/fd/{fd}"
     large = np.arange(job.area, job.area + job.area_nbytes, MIB, dtype=np.int64)
     seconds = float(_native.direct_read_random(name, memory.span.ptr, large, MIB, _DEPTH))
@@ -80,7 +88,7 @@ def read_to_gpu(job: Job) -> Result:
         done = file.read_into(found, job.area)
         compare(found.numpy(), wanted, f"what {job.device} was given")
     speed = Figure("read", job.area_nbytes / done.seconds / 1e9, "GB/s", **job.limit("kernel read", "raw O_DIRECT"))
-    return Result(f"by {done.path}: {done.reason}", (speed,))
+    return Result(f"by {done.path}: {done.reason}", (speed,), {"left": job.left})
 
 
 def _left(job: Job) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
@@ -100,6 +108,7 @@ def read_what_was_left(job: Job) -> Result:
 def clear(job: Job) -> Result:
     """Write zeros over everything that was written, and read them: the drive is as empty as it was."""
     with claimed(job) as target:
+        _check_nobody_came(target)
         zeros = np.zeros(MIB, np.uint8)
         places = [*range(job.area, job.area + job.area_nbytes, MIB), job.far]
         for offset in places:

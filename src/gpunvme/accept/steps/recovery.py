@@ -23,6 +23,7 @@ from gpunvme.nvme.transport import connect
 
 _SEED = 30
 _RESETS, _WORKERS = 3, 2
+_ABORTED, _IN_FLIGHT = 3, 32
 _KILLS = 2
 _SECONDS = 30.0
 
@@ -30,13 +31,15 @@ _SECONDS = 30.0
 def abort(job: Job) -> Result:
     """Abort commands while they are under way: what is not reported as aborted arrives whole."""
     asked = aborted = reported = 0
-    with nvme.open(job.uri, queues=1, depth=256) as controller:
+    with nvme.open(job.uri) as controller:
         data = fill(controller, job, _SEED)
-        namespace = controller.namespace(job.nsid)
-        for _ in range(4):
+    for _ in range(_ABORTED):
+        with nvme.open(job.uri, queues=1, depth=_IN_FLIGHT + 1) as controller:
+            namespace = controller.namespace(job.nsid)
             found = np.zeros(job.area_nbytes, np.uint8)
             reading = namespace.read_into(found, area_of(job), wait=False, timeout=_SECONDS)
-            for cid in range(16):
+            # The first commands of a new queue: their identifiers count from 0.
+            for cid in range(_IN_FLIGHT):
                 asked += 1
                 aborted += controller.abort(1, cid)
             try:
@@ -47,8 +50,8 @@ def abort(job: Job) -> Result:
                 reported += len(error.failures)
             else:
                 compare(found, data, "what was read while commands were aborted")
-        found = namespace.read(area_of(job), job.area_nbytes // job.block_size).numpy()
-        compare(found, data, "what was read afterwards")
+            found = namespace.read(area_of(job), job.area_nbytes // job.block_size).numpy()
+            compare(found, data, "what was read afterwards")
     said = f"{asked} aborts asked for, {aborted} done"
     return Result(said + (f", {reported} commands reported" if reported else ""), facts={"left": _SEED})
 

@@ -1,0 +1,106 @@
+"""In a guest with an IOMMU: `gpunvme accept`, on drives that must be left alone, and on one that is empty.
+
+0000:00:08.0 is empty, and has memory of its own; 0000:00:09.0 has a partition table, 0000:00:0a.0 one byte of data.
+GUEST_MODULE is the kernel module, built for this kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from checking import SHARE, check, modprobe, namespace_path, settle, shell
+
+from gpunvme.nvme.sysfs import find_function
+
+EMPTY, TABLE, DATA = "0000:00:08.0", "0000:00:09.0", "0000:00:0a.0"
+MIB = 1 << 20
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "gpunvme", "accept", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def accept(*arguments: str) -> tuple[int, str]:
+    running = start(*arguments)
+    said, _ = running.communicate(timeout=200)
+    return running.returncode, said
+
+
+def driver() -> str | None:
+    return find_function(EMPTY).driver
+
+
+def sum_of(disk: str) -> str:
+    return shell(f"sha256sum {disk}").split()[0]
+
+
+@check(seconds=90)
+def what_is_not_empty_is_refused() -> None:
+    modprobe("nvme", "crc32c_generic", "ext4")
+    for address, said in ((TABLE, "holds a partition table (MBR)"), (DATA, f"holds data at byte {11 * MIB + 77}")):
+        before = sum_of(namespace_path(address))
+        status, text = accept(address, "--erase", address)
+        assert (status, said in text, "Traceback" in text) == (7, True, False), text
+        assert find_function(address).driver == "nvme"
+        assert sum_of(namespace_path(address)) == before
+    disk = namespace_path(TABLE)
+    settle(f"{disk}p1")
+    shell(f"mkfs.ext4 -q -F {disk}p1 && mkdir -p /mnt/t && mount -t ext4 {disk}p1 /mnt/t")
+    status, text = accept(TABLE, "--erase", TABLE)
+    assert (status, "is mounted at /mnt/t" in text) == (7, True), text
+    shell("umount /mnt/t")
+
+
+@check(seconds=240)
+def everything_is_tried_and_the_drive_is_empty_again() -> dict[str, object]:
+    disk = namespace_path(EMPTY)
+    subprocess.run(["insmod", os.environ["GUEST_MODULE"]], check=True, timeout=60)
+    before = sum_of(disk)
+    status, text = accept(EMPTY, "--erase", EMPTY, "--json", str(SHARE / "accept.json"))
+    (SHARE / "accept.txt").write_text(text)
+    assert driver() == "nvme", text
+    assert status == 0, text
+    assert sum_of(namespace_path(EMPTY)) == before, "something was left on it"
+    document = (SHARE / "accept.json").read_text()
+    assert "PRIVATE0815" not in document + text, "the serial number is in there"
+    return {step["step"]: step["outcome"] for step in json.loads(document)["steps"]}
+
+
+def interrupt(number: int) -> tuple[int, str]:
+    """Send a signal when the drive is with vfio-pci."""
+    running = start(EMPTY, "--erase", EMPTY, "--skip", "machine", "--skip", "kernel", "--skip", "p2pdma")
+    give_up = time.monotonic() + 60
+    while driver() != "vfio-pci":
+        assert time.monotonic() < give_up and running.poll() is None, running.communicate(timeout=60)
+        time.sleep(0.02)
+    running.send_signal(number)
+    said, _ = running.communicate(timeout=100)
+    return running.returncode, said
+
+
+@check(seconds=180)
+def interrupted_it_is_given_back() -> None:
+    status, text = interrupt(signal.SIGINT)
+    assert (status, driver()) == (130, "nvme"), text
+    assert "give back" in text, text
+    # What the steps had written is gone, too: it can be begun again.
+    with Path(namespace_path(EMPTY)).open("rb") as disk:
+        assert not disk.read().strip(b"\0"), text
+
+
+@check(seconds=180)
+def killed_it_is_given_back_all_the_same() -> None:
+    status, text = interrupt(signal.SIGKILL)
+    assert status == -signal.SIGKILL, text
+    give_up = time.monotonic() + 60
+    while driver() != "nvme":
+        assert time.monotonic() < give_up, f"it is with {driver()}"
+        time.sleep(0.05)
+    namespace_path(EMPTY)
