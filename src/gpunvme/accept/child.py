@@ -1,6 +1,8 @@
-"""What runs in a child: one step, and an answer by a pipe. ``python -m gpunvme.accept.child PARENT PIPE``.
+"""Where steps run: a process that has everything imported, and forks for each.
 
-The child prepares itself, then waits for its order on standard input: the function and the `Job`, a line each.
+``python -m gpunvme.accept.child PARENT`` reads orders from standard input, three lines each: the function, the `Job`,
+and the file for the answer. It says ``began PID`` and ``ended STATUS`` on standard output; what a step prints goes to
+standard error. It has no threads and touches neither CUDA nor a drive: what no forked process must inherit.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from gpunvme.accept.result import Result, Skipped
 from gpunvme.errors import UnsafeDeviceError
 
 _PR_SET_PDEATHSIG = 1
+_IMPORTED = ("gpunvme.nvme", "gpunvme.doctor", "gpunvme.catalog.target", "gpunvme.paths.choose")
 
 Function = Callable[[Job], Result]
 
@@ -36,10 +39,10 @@ def find(name: str) -> Function:
     return found
 
 
-def answer_of(function: Function, job: Job) -> dict[str, object]:
+def answer_of(name: str, job: Job) -> dict[str, object]:
     """Do a step and return what came of it, for JSON. Whatever it raises is an answer, too."""
     try:
-        result = function(job)
+        result = find(name)(job)
     except Skipped as why:
         return {"outcome": "skipped", "reason": str(why)}
     except UnsafeDeviceError as error:
@@ -56,18 +59,36 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def main(parent: int, pipe: int) -> None:
-    """Wait for an order, carry it out, answer."""
+def main(parent: int) -> None:
+    """Carry out orders until there are no more."""
     end_with(parent)
-    import gpunvme.nvme  # noqa: F401 - what takes longest is done while the step before is running
+    for module in _IMPORTED:
+        importlib.import_module(module)
+    while True:
+        order = [sys.stdin.readline().strip() for _ in range(3)]
+        if not all(order):
+            return
+        process = os.fork()
+        if process == 0:
+            _step(*order)
+            return  # an ordinary end: what closes controllers at the end of a process does
+        print(f"began {process}", flush=True)
+        _, status = os.waitpid(process, 0)
+        print(f"ended {os.waitstatus_to_exitcode(status)}", flush=True)
 
-    name, order = sys.stdin.readline(), sys.stdin.readline()
-    if not order:
-        return  # there is nothing more to do
-    answer = answer_of(find(name.strip()), Job.decode(order))
-    with os.fdopen(pipe, "w") as out:
-        out.write(json.dumps(answer) + "\n")
+
+def _step(name: str, order: str, answer: str) -> None:
+    """Be the child that does a step."""
+    # A session of its own: it can be ended with all that it starts.
+    os.setsid()
+    end_with(os.getppid())
+    # Nobody that it starts may keep its parent's end of anything open.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+    text = json.dumps(answer_of(name, Job.decode(order)))
+    with open(answer, "w") as file:
+        file.write(text + "\n")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]))

@@ -17,7 +17,8 @@ from typing import IO, Any, Self
 from gpunvme.accept.job import Job
 from gpunvme.accept.result import Figure, Outcome, Row
 
-_END_SECONDS = 15.0  # from its answer to its end, and from its being killed to its end
+_START_SECONDS = 120.0  # for everything to be imported
+_END_SECONDS = 15.0  # from its being killed to its end
 _SAID_BYTES = 2000
 
 
@@ -59,84 +60,90 @@ class Step:
 
 def environment() -> dict[str, str]:
     """Return the environment of children: they find the package, and whatever else this process does."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # No threads of NumPy's: there is to be nothing that a fork could break.
+    alone = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **alone, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
-class _Child:
-    """One child, which waits for its order."""
+class _Nursery:
+    """The other side of `gpunvme.accept.child`: a process that forks for each step."""
 
     def __init__(self) -> None:
-        self.pipe, write = os.pipe()
-        self.said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
+        self.said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         try:
             # A session of its own: Ctrl-C is for the parent, which knows what there is to be given back.
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "gpunvme.accept.child", str(os.getpid()), str(write)],
+                [sys.executable, "-m", "gpunvme.accept.child", str(os.getpid())],
                 stdin=subprocess.PIPE,
-                stdout=self.said,
+                stdout=subprocess.PIPE,
                 stderr=self.said,
-                pass_fds=(write,),
                 start_new_session=True,
                 env=environment(),
             )
         except BaseException:
-            self.close()
+            self.said.close()
             raise
-        finally:
-            os.close(write)
+        self._heard = b""
+        self.child = 0  # of the step that is running
 
-    def order(self, function: str, job: Job) -> None:
+    def begin(self, function: str, job: Job, answer: str) -> bool:
+        """Have a step begun; whether it was."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died already: its end tells
-            self.process.stdin.write(f"{function}\n{job.encode()}\n".encode())
-            self.process.stdin.close()
+        self.said.truncate(0)
+        with contextlib.suppress(BrokenPipeError):  # it died: its end is heard next
+            self.process.stdin.write(f"{function}\n{job.encode()}\n{answer}\n".encode())
+            self.process.stdin.flush()
+        word, number = self._event(_START_SECONDS)
+        self.child = number if word == "began" else 0
+        return self.child != 0
 
-    def answer(self, seconds: float) -> bytes | None:
-        """Return its answer, what there is of one if it ended, or None if there was none in time."""
+    def ended(self, seconds: float) -> int | None:
+        """Return the exit status of the step, or None if it did not end in time."""
+        word, number = self._event(seconds)
+        if word != "ended":
+            return None
+        self.child = 0
+        return number
+
+    def _event(self, seconds: float) -> tuple[str, int]:
+        assert self.process.stdout is not None
         give_up = time.monotonic() + seconds
-        data = b""
-        while not data.endswith(b"\n"):
-            ready, _, _ = select.select([self.pipe], [], [], max(0.0, give_up - time.monotonic()))
-            if not ready:
-                return None
-            part = os.read(self.pipe, 65536)
+        while b"\n" not in self._heard:
+            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, give_up - time.monotonic()))
+            part = os.read(self.process.stdout.fileno(), 4096) if ready else b""
             if not part:
-                break
-            data += part
-        return data
-
-    def ended(self, seconds: float) -> bool:
-        """Wait for its end; whether it came."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+                return "", 0
+            self._heard += part
+        line, _, self._heard = self._heard.partition(b"\n")
+        word, _, number = line.decode().partition(" ")
+        return word, int(number)
 
     def kill(self) -> bool:
-        """End it, and what it started; whether that worked: a process that hangs in the kernel stays."""
+        """End the step, and what it started; whether that worked: a process that hangs in the kernel stays."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        return self.ended(_END_SECONDS)
+            os.killpg(self.child, signal.SIGKILL)
+        return self.ended(_END_SECONDS) is not None
 
     def last_words(self) -> str:
-        """Return the last line that it printed."""
+        """Return the last line that the step printed."""
         self.said.seek(max(0, self.said.seek(0, os.SEEK_END) - _SAID_BYTES))
-        lines = self.said.read().decode(errors="replace").strip().splitlines()
+        lines = self.said.read().strip(b"\0").decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
 
     def close(self) -> None:
-        os.close(self.pipe)
+        """End it, and a step that it still has (`child.end_with`)."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.kill()
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        self.process.wait(_END_SECONDS)
+        self.process.stdout.close()
         self.said.close()
-        if hasattr(self, "process") and self.process.stdin is not None:
-            with contextlib.suppress(OSError):
-                self.process.stdin.close()
 
 
 class Children:
     """Runs steps, one at a time. A context manager: none is left behind.
-
-    The next child prepares itself while a step runs.
 
     Attributes
     ----------
@@ -146,52 +153,69 @@ class Children:
 
     def __init__(self) -> None:
         self.stuck = ""
-        self._waiting: _Child | None = None
+        self._nursery: _Nursery | None = None
+        self._answers = tempfile.TemporaryDirectory(prefix="gpunvme-accept-")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            waiting.kill()
-            waiting.close()
+        self._let_go()
+        self._answers.cleanup()
+
+    def _let_go(self) -> None:
+        nursery, self._nursery = self._nursery, None
+        if nursery is not None:
+            nursery.close()
 
     def run(self, step: Step, job: Job) -> Row:
         """Run a step and return what came of it. Whatever interrupts this ends the child."""
-        child, self._waiting = self._waiting or _Child(), None
+        answer = os.path.join(self._answers.name, "answer")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(answer)
+        nursery = self._nursery = self._nursery or _Nursery()
         started = time.monotonic()
         try:
-            child.order(step.function, job.with_(options=dict(step.options)))
-            self._waiting = _Child()
-            answer = child.answer(step.seconds)
-            return self._row(step, child, answer, time.monotonic() - started)
-        finally:
-            if child.process.poll() is None and not child.kill():
+            begun = nursery.begin(step.function, job.with_(options=dict(step.options)), answer)
+            status = nursery.ended(step.seconds) if begun else None
+        except BaseException:
+            if nursery.child:
+                nursery.kill()
+            self._let_go()
+            raise
+        seconds = time.monotonic() - started
+        told = _told(answer)
+        words = nursery.last_words()
+        if status is None:
+            if nursery.child and not nursery.kill():
                 self.stuck = step.name
-            child.close()
+            if not begun or self.stuck:
+                self._let_go()
+        if not begun:
+            reason = "its process could not be started"
+        elif status is None:
+            reason = "done, but it did not end" if told else f"no answer within {step.seconds:g} s, it was ended"
+            reason = f"it hung: {reason}"
+        elif status < 0:
+            reason = f"it crashed: {signal.Signals(-status).name}"
+        elif status or told is None:
+            reason = f"it ended with {status}" + ("" if told else " and without an answer")
+        else:
+            return _row(step, told, seconds)
+        return Row(step.name, step.what, Outcome.FAILED, reason + (f"; it said: {words}" if words else ""), seconds)
 
-    def _row(self, step: Step, child: _Child, answer: bytes | None, seconds: float) -> Row:
-        def failed(reason: str) -> Row:
-            words = child.last_words()
-            return Row(
-                step.name, step.what, Outcome.FAILED, f"{reason}; it said: {words}" if words else reason, seconds
-            )
 
-        if answer is None:
-            return failed(f"it hung: no answer within {step.seconds:g} s, it was ended")
-        in_time = child.ended(_END_SECONDS)
-        status = child.process.returncode
-        if in_time and status < 0:
-            return failed(f"it crashed: {signal.Signals(-status).name}")
-        try:
-            told = json.loads(answer)
-            figures = tuple(Figure(**figure) for figure in told.get("figures", ()))
-            outcome, reason, facts = Outcome(told["outcome"]), str(told["reason"]), dict(told.get("facts", {}))
-        except (ValueError, KeyError, TypeError):
-            return failed(f"it ended with {status} and without an answer")
-        if not in_time:
-            return failed("it hung: done, but it did not end")
-        if status:
-            return failed(f"it ended with {status}")
-        return Row(step.name, step.what, outcome, reason, seconds, figures, facts)
+def _told(answer: str) -> dict[str, Any] | None:
+    """Return a step's answer, or None if there is none, or not all of it."""
+    try:
+        with open(answer) as file:
+            told: dict[str, Any] = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return told
+
+
+def _row(step: Step, told: dict[str, Any], seconds: float) -> Row:
+    figures = tuple(Figure(**figure) for figure in told.get("figures", ()))
+    outcome = Outcome(told["outcome"])
+    return Row(step.name, step.what, outcome, told["reason"], seconds, figures, told.get("facts", {}))

@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Self
 
-from gpunvme.accept.child import answer_of, find
+from gpunvme.accept.child import answer_of
 from gpunvme.accept.children import environment
 from gpunvme.accept.job import Job
 from gpunvme.accept.result import Outcome, Row
@@ -29,10 +29,9 @@ def main(function: str) -> None:
     # Whoever ends everything in this terminal or in this login means the steps, and not this.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    give_back = find(function)
     job = Job.decode(sys.stdin.readline())
     sys.stdin.readline()
-    answer = answer_of(give_back, job)
+    answer = answer_of(function, job)
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(answer), flush=True)
 
@@ -86,7 +85,7 @@ class Guard:
         answer = process.stdout.readline() if ready else b""
         if ready and not answer:
             # Somebody has killed it: here, then, whatever it had begun.
-            answer = json.dumps(answer_of(find(self._function), self._job)).encode()
+            answer = json.dumps(answer_of(self._function, self._job)).encode()
         seconds = time.monotonic() - started
         if not answer:
             process.kill()

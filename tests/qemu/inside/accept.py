@@ -16,21 +16,38 @@ from pathlib import Path
 
 from checking import SHARE, check, modprobe, namespace_path, settle, shell
 
+from gpunvme.cli.app import run
 from gpunvme.nvme.sysfs import find_function
 
 EMPTY, TABLE, DATA = "0000:00:08.0", "0000:00:09.0", "0000:00:0a.0"
+OUTPUT = Path("/run/accept.txt")
 MIB = 1 << 20
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "gpunvme", "accept", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(*arguments: str) -> int:
+    """Start `gpunvme accept` in a process of its own, forked: importing it anew takes a while in here."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        with OUTPUT.open("wb") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
+        status = run(["accept", *arguments])
+        sys.stdout.flush()
+        os._exit(status)
+    finally:
+        os._exit(77)
+
+
+def end_of(process: int) -> tuple[int, str]:
+    _, status = os.waitpid(process, 0)
+    return os.waitstatus_to_exitcode(status), OUTPUT.read_text()
 
 
 def accept(*arguments: str) -> tuple[int, str]:
-    running = start(*arguments)
-    said, _ = running.communicate(timeout=200)
-    return running.returncode, said
+    return end_of(start(*arguments))
 
 
 def driver() -> str | None:
@@ -75,14 +92,13 @@ def everything_is_tried_and_the_drive_is_empty_again() -> dict[str, object]:
 
 def interrupt(number: int) -> tuple[int, str]:
     """Send a signal when the drive is with vfio-pci."""
-    running = start(EMPTY, "--erase", EMPTY, "--skip", "machine", "--skip", "kernel", "--skip", "p2pdma")
-    give_up = time.monotonic() + 60
+    process = start(EMPTY, "--erase", EMPTY, "--skip", "machine", "--skip", "kernel", "--skip", "p2pdma")
+    give_up = time.monotonic() + 100
     while driver() != "vfio-pci":
-        assert time.monotonic() < give_up and running.poll() is None, running.communicate(timeout=60)
+        assert time.monotonic() < give_up, OUTPUT.read_text()
         time.sleep(0.02)
-    running.send_signal(number)
-    said, _ = running.communicate(timeout=100)
-    return running.returncode, said
+    os.kill(process, number)
+    return end_of(process)
 
 
 @check(seconds=180)
