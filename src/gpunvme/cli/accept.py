@@ -85,7 +85,7 @@ def _print(output: Output, acceptance: Acceptance, report: str | None) -> None:
     output.line(f"{drive.info.model}, firmware {drive.firmware}, {size(drive.nbytes)} at {drive.address}")
     table = Table(box=SIMPLE, pad_edge=False)
     table.add_column("step", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("result", no_wrap=True)
     table.add_column("s", justify="right", no_wrap=True)
     table.add_column("what was seen, or why not", overflow="fold")
     table.add_column("figures: seen (limit)", overflow="fold")

@@ -25,7 +25,8 @@ def vectors(job: Job) -> Result:
         opened.callback(transport.close)
         if not isinstance(transport, InterruptTransport):
             raise Skipped(f"{job.uri} passes no interrupts on")
-        count = min(transport.interrupt_vectors, _MOST)
+        total = transport.interrupt_vectors
+        count = min(total, _MOST)
         if not count:
             raise Skipped("the function has no MSI-X vectors")
         events = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(count)]
@@ -45,7 +46,6 @@ def vectors(job: Job) -> Result:
                     raise ValueError(f"no interrupt arrived by vector {missing} of {count}, within {_SECONDS:g} s")
                 namespace.gather(places)
                 waiting = {vector for vector in waiting if not _arrived(events[vector])}
-    total = transport.interrupt_vectors
     return Result(f"{wanted} of {total} vectors tried, each arrived", facts={"vectors": total, "left": job.left})
 
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
+from typing import NoReturn
 
 import numpy as np
 
 from gpunvme import nvme
-from gpunvme.accept.children import environment
 from gpunvme.accept.job import MIB, Job, compare, contents
 from gpunvme.accept.result import Result
 from gpunvme.accept.steps.driver import area_of, fill
-from gpunvme.accept.steps.killed import VALUE
 from gpunvme.errors import CommandError
 from gpunvme.nvme.status import Status, code
 from gpunvme.nvme.transport import connect
@@ -24,7 +20,7 @@ from gpunvme.nvme.transport import connect
 _SEED = 30
 _RESETS, _WORKERS = 3, 2
 _ABORTED, _IN_FLIGHT = 3, 32
-_KILLS = 1
+_VALUE = 0x5A
 _SECONDS = 30.0
 _LOOK_SECONDS = 0.05
 
@@ -124,30 +120,34 @@ def _reset_function(job: Job) -> str:
 
 def killed(job: Job) -> Result:
     """Kill a process that writes: the next one finds a controller that works, and what was acknowledged."""
-    for _ in range(_KILLS):
-        writer = subprocess.Popen(
-            [sys.executable, "-m", "gpunvme.accept.steps.killed", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment(),
-        )
-        assert writer.stdin is not None
-        assert writer.stdout is not None
-        try:
-            writer.stdin.write(job.encode().encode() + b"\n")
-            writer.stdin.flush()
-            if writer.stdout.readline() != b"written\n":
-                raise ValueError(f"the process that was to be killed could not write, and ended with {writer.wait()}")
-            time.sleep(0.05)  # it goes on writing the same
-        finally:
-            writer.send_signal(signal.SIGKILL)
-            writer.wait()
-            writer.stdin.close()
-            writer.stdout.close()
-        with nvme.open(job.uri) as controller:
-            found = controller.namespace(job.nsid).read(area_of(job), job.area_nbytes // job.block_size).numpy()
-            compare(found.reshape(-1), np.full(job.area_nbytes, VALUE, np.uint8), "what a killed process had written")
-            fill(controller, job, _SEED + 2)
-    return Result(
-        "while it wrote: what was acknowledged was there, and the controller came back", facts={"left": _SEED + 2}
-    )
+    said, says = os.pipe()
+    writer = os.fork()
+    if writer == 0:
+        _write_for_ever(job, says)
+    os.close(says)
+    try:
+        if os.read(said, 1) != b".":
+            raise ValueError("the process that was to be killed could not write")
+    finally:
+        os.close(said)
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+    with nvme.open(job.uri) as controller:
+        found = controller.namespace(job.nsid).read(area_of(job), job.area_nbytes // job.block_size).numpy()
+        compare(found.reshape(-1), np.full(job.area_nbytes, _VALUE, np.uint8), "what a killed process had written")
+        fill(controller, job, _SEED + 2)
+    seen = "while it wrote: what was acknowledged was there, and the controller came back"
+    return Result(seen, facts={"left": _SEED + 2})
+
+
+def _write_for_ever(job: Job, says: int) -> NoReturn:
+    """Write the test area, say so, write the same again and again. For a forked process, which ends here."""
+    try:
+        controller = nvme.open(job.uri)
+        namespace, data = controller.namespace(job.nsid), np.full(job.area_nbytes, _VALUE, np.uint8)
+        while True:
+            namespace.write_from(data, area_of(job))
+            namespace.flush()
+            os.write(says, b".")
+    finally:
+        os._exit(1)
