@@ -204,13 +204,13 @@ def start(folder: Path) -> subprocess.Popen[str]:
 
 
 def wait_until(condition: object) -> None:
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 100
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < give_up
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_interrupted_the_drive_is_given_back(tmp_path: Path, number: signal.Signals) -> None:
     running = start(tmp_path)
     running.send_signal(number)
