@@ -60,7 +60,7 @@ def accept(
         raise typer.BadParameter(f"{device!r} is no device", param_hint="--device") from error
     if not gpu.is_gpu:
         raise typer.BadParameter(f"{device!r} is no GPU", param_hint="--device")
-    if directory is not None and not os.access(directory, os.W_OK | os.X_OK):
+    if directory is not None and not (os.path.isdir(directory) and os.access(directory, os.W_OK | os.X_OK)):
         raise typer.BadParameter(f"{directory!r} is no directory that can be written to", param_hint="--directory")
     output = Output(as_json=False)
     drive = look_at(bdf, erase, Machine())

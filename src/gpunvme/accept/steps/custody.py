@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from gpunvme.accept.job import Job
 from gpunvme.accept.result import Result, Skipped
@@ -35,7 +36,7 @@ def take(job: Job) -> Result:
             why = machine.load_module(job.driver.replace("-", "_"))
             if why:
                 raise Skipped(why)
-    bind(job.address, job.driver, machine=machine)
+    _patiently(lambda: bind(job.address, job.driver, machine=machine))
     uri = f"pci:{job.address}"
     if job.driver == OWN_DRIVER:
         uri = f"kmod:{user_nodes(job.address, machine)[0]}"
@@ -44,19 +45,25 @@ def take(job: Job) -> Result:
 
 def give_back(job: Job) -> Result:
     """Give the drive to the kernel's driver, and wait for its block device."""
-    give_up = time.monotonic() + _PATIENCE
-    change: Change | None = None
-    while change is None:
-        try:
-            change = unbind(job.address, timeout=_PATIENCE)
-        except UnsafeDeviceError:
-            # A process that was ended holds it until the kernel has put its memory in order.
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(_STEP)
+    change = _patiently(lambda: unbind(job.address, timeout=_PATIENCE))
     block_device(job)
     before = f"from {change.before or 'no driver'} to" if change.changed else "it is with"
     return Result(f"{before} {change.after}")
+
+
+def _patiently(change: Callable[[], Change]) -> Change:
+    """Wait for whoever has the drive for a moment.
+
+    udev looks at a block device that was closed after writing; the kernel gives back what an ended process had.
+    """
+    give_up = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return change()
+        except UnsafeDeviceError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(_STEP)
 
 
 def block_device(job: Job) -> str:
