@@ -7,6 +7,7 @@ standard error. It has no threads and touches neither CUDA nor a drive: what no 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -72,15 +73,24 @@ def main(parent: int) -> None:
         if process == 0:
             _step(*order)
             return  # an ordinary end: what closes controllers at the end of a process does
+        _lead(process)
         print(f"began {process}", flush=True)
         _, status = os.waitpid(process, 0)
         print(f"ended {os.waitstatus_to_exitcode(status)}", flush=True)
 
 
+def _lead(process: int) -> None:
+    """Give a process a group of its own: it can be ended with all that it starts.
+
+    Done on both sides of the fork: whoever is told of the process can rely on it.
+    """
+    with contextlib.suppress(OSError):  # it has ended
+        os.setpgid(process, process)
+
+
 def _step(name: str, order: str, answer: str) -> None:
     """Be the child that does a step."""
-    # A session of its own: it can be ended with all that it starts.
-    os.setsid()
+    _lead(0)
     end_with(os.getppid())
     # Nobody that it starts may keep its parent's end of anything open.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

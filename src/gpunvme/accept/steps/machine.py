@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import Any
 
 from gpunvme.accept.job import Job
 from gpunvme.accept.result import Result
@@ -33,8 +34,7 @@ def examine(job: Job) -> Result:
             findings.append(unknown(topic, "everything", f"the check failed: {type(error).__name__}: {error}"))
     bad = [finding for finding in findings if finding.level is Level.RED]
     warned = sum(finding.level is Level.YELLOW for finding in findings)
-    said = [f"{len(bad)} red lines, {warned} yellow"] + [f"{each.topic}: {each.fact}" for each in bad]
-    facts = {
+    facts: dict[str, Any] = {
         "kernel": system.kernel_release(),
         "architecture": os.uname().machine,
         "processor": _processor(system),
@@ -46,7 +46,10 @@ def examine(job: Job) -> Result:
         "cuda": _why_no_gpu(system, job.device),
         "doctor": [{"level": each.level.value, "topic": each.topic, "fact": each.fact} for each in findings],
     }
-    return Result("; ".join(said), facts=facts)
+    gpus = ", ".join(facts["gpus"]) or "no GPU that CUDA shows"
+    said = f"Linux {facts['kernel']}, {facts['processor']}, {gpus}, {facts['iommu_groups']} IOMMU groups; "
+    said += f"the doctor: {len(bad)} red lines, {warned} yellow"
+    return Result("; ".join([said, *(f"{each.topic}: {each.fact}" for each in bad)]), facts=facts)
 
 
 def _why_no_gpu(system: System, device: str) -> str:
