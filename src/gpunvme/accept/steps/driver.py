@@ -94,7 +94,7 @@ def patterns(job: Job) -> Result:
 def queues(job: Job) -> Result:
     """Move random blocks over queues of several numbers and depths, and compare."""
     made = []
-    data = contents(_SEED + 1, min(job.area_nbytes, 4 * MIB))
+    data = contents(_SEED + 1, min(job.area_nbytes, 2 * MIB))
     for count, wanted in _SHAPES:
         with nvme.open(job.uri, queues=count, depth=wanted) as controller:
             namespace, first = controller.namespace(job.nsid), area_of(job)
@@ -103,7 +103,7 @@ def queues(job: Job) -> Result:
                 continue
             made.append(shape)
             write_and_compare(namespace, data, first, f"{shape[0]} queues of {shape[1]}")
-            _gather(namespace, first, data, 2048, f"{shape[0]} queues of {shape[1]}, random blocks")
+            _gather(namespace, first, data, 1024, f"{shape[0]} queues of {shape[1]}, random blocks")
     return Result(", ".join(f"{count} × {depth}" for count, depth in made), facts={"shapes": made})
 
 
