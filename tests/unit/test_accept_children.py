@@ -80,6 +80,7 @@ def test_a_step_that_does_not_exist_is_a_row(children: Children, job: Job) -> No
 def test_crashes_are_rows_with_the_last_words(children: Children, job: Job) -> None:
     row = children.run(step("crashes"), job)
     assert outcome(row) == (Outcome.FAILED, "it crashed: SIGSEGV; it said: it is the memory's fault")
+    assert children.run(step("passes"), job).outcome is Outcome.PASSED
     left = children.run(step("leaves"), job)
     assert outcome(left) == (Outcome.FAILED, "it ended with 3 and without an answer"), "words of the step before"
     # The answer came, and yet: what breaks when a controller is closed is a failure, too.

@@ -71,10 +71,10 @@ def test_the_drive_goes_from_hand_to_hand_and_back(tmp_path: Path) -> None:
 
 
 def test_hangs_and_crashes_are_rows_and_the_rest_goes_on(tmp_path: Path) -> None:
-    acceptance = run(
-        tmp_path, step("hangs", "vfio-pci", seconds=2), step("crashes", "vfio-pci"), step("passes", "vfio-pci")
-    )
+    broken = [step("hangs", "vfio-pci", seconds=2), step("crashes", "vfio-pci")]
+    acceptance = run(tmp_path, step("passes", "nvme"), *broken, step("passes", "vfio-pci"))
     assert outcomes(acceptance) == [
+        ("passes", "passed"),
         ("take for vfio-pci", "passed"),
         ("hangs", "failed"),
         ("crashes", "failed"),
@@ -153,12 +153,13 @@ def test_nothing_private_is_in_the_document(tmp_path: Path, monkeypatch: pytest.
     tree = simple(root)
     tree.file("/sys/bus/pci/devices/0000:01:00.0/nvme/nvme0/serial", "S7KGNX0W")
     tree.file("/sys/class/block/nvme0n1/wwid", "eui.0025384331b0c1d2")
-    secrets = ["S7KGNX0W", "eui.0025384331b0c1d2", str(tmp_path), os.uname().nodename]
+    secrets = ["S7KGNX0W", "eui.0025384331b0c1d2", str(tmp_path), os.uname().nodename, "annemarie"]
+    monkeypatch.setenv("SUDO_USER", "annemarie")
     monkeypatch.setenv("ACCEPT_SAYS", f"serial {' and '.join(secrets)} but not S7KGNX0WX")
     plan = step("says", "nvme")
     text = json.dumps(run(tmp_path, plan).document())
     for secret in secrets:
-        if len(secret) > 3:
+        if len(secret) > 2:
             assert f"{secret} " not in text, secret
             assert f'{secret}"' not in text, secret
     assert "serial SERIAL and SERIAL and DIRECTORY" in text

@@ -11,7 +11,7 @@ from gpunvme.nvme.sysfs import Machine, list_controllers
 
 _OF_NAMESPACES = ("wwid", "uuid", "nguid", "eui")
 # A word this short is in every other line by chance.
-_LEAST = 4
+_LEAST = 3
 
 
 class Privacy:
@@ -31,9 +31,11 @@ class Privacy:
         words: dict[str, str] = {}
         if directory:
             words[os.path.abspath(directory)] = words[directory] = "DIRECTORY"
-        words[os.path.expanduser("~")] = "HOME"
         words[os.uname().nodename] = "HOST"
-        words[_user()] = "USER"
+        # Who became root by sudo is still somebody.
+        for user in (_user(), os.environ.get("SUDO_USER", "")):
+            words[os.path.expanduser(f"~{user}")] = "HOME"
+            words[user] = "USER"
         if not serials:
             for word in _serials(machine):
                 words[word] = "SERIAL"
