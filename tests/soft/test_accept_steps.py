@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from gpunvme.accept.result import Result
 
 SIZE = 32 * MIB
+# One of them forks; in the child that is killed nothing but the driver runs.
+pytestmark = pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
 
 
 @pytest.fixture
