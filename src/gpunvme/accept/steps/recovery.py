@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from typing import NoReturn
 
 import numpy as np
@@ -13,7 +14,7 @@ from gpunvme import nvme
 from gpunvme.accept.job import MIB, Job, compare, contents
 from gpunvme.accept.result import Result
 from gpunvme.accept.steps.driver import area_of, fill
-from gpunvme.errors import CommandError
+from gpunvme.errors import CommandError, FileError, TransportError
 from gpunvme.nvme.status import Status, code
 from gpunvme.nvme.transport import connect
 
@@ -132,12 +133,24 @@ def killed(job: Job) -> Result:
         os.close(said)
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
-    with nvme.open(job.uri) as controller:
+    with _open_after(job.uri) as controller:
         found = controller.namespace(job.nsid).read(area_of(job), job.area_nbytes // job.block_size).numpy()
         compare(found.reshape(-1), np.full(job.area_nbytes, _VALUE, np.uint8), "what a killed process had written")
         fill(controller, job, _SEED + 2)
     seen = "while it wrote: what was acknowledged was there, and the controller came back"
     return Result(seen, facts={"left": _SEED + 2})
+
+
+def _open_after(uri: str) -> nvme.Controller:
+    """Open a controller that a killed process had: the kernel lets go of some of that shortly after its end."""
+    give_up = time.monotonic() + _SECONDS
+    while True:
+        try:
+            return nvme.open(uri)
+        except (TransportError, FileError):
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(_LOOK_SECONDS)
 
 
 def _write_for_ever(job: Job, says: int) -> NoReturn:
