@@ -25,7 +25,7 @@ def on_new(tmp_path_factory: pytest.TempPathFactory) -> guest.Checks:
         devices=disks.to_be_accepted,
         kernel=guest.NEW,
         environment=environment,
-        timeout=600,
+        timeout=850,
     )
 
 

@@ -8,7 +8,7 @@ from accept import data_on_it, driver, signalled
 from checking import check
 
 
-@check(seconds=180)
+@check(seconds=400)
 def interrupted_it_is_given_back_and_empty() -> None:
     status, text = signalled(signal.SIGINT)
     assert (status, driver()) == (130, "nvme"), text
