@@ -60,6 +60,24 @@ def with_slow(folder: Path) -> list[str]:
     return [*behind_iommu(folder), *guest.nvme("slow", "0c.0"), *slow]
 
 
+def to_be_accepted(folder: Path) -> list[str]:
+    """Behind an IOMMU: an empty drive with memory of its own, one with a partition, one with data, one in use."""
+    memory = {"cmb_size_mb": 16, "legacy-cmb": "off"}
+    data = blank(folder / "data1", 32 * MIB)
+    with data.open("r+b") as file:
+        file.seek(11 * MIB + 77)
+        file.write(b"x")
+    return [
+        *guest.iommu(),
+        *guest.nvme("PRIVATE0815", "08.0", max_ioqpairs=8, **memory),
+        *guest.namespace(blank(folder / "empty", 32 * MIB), "empty", bus="PRIVATE0815", nsid=1),
+        *guest.nvme("table", "09.0"),
+        *guest.namespace(partitioned(folder / "table1", 32 * MIB), "table1", bus="table", nsid=1),
+        *guest.nvme("data", "0a.0"),
+        *guest.namespace(data, "data1", bus="data", nsid=1),
+    ]
+
+
 def behind_switch(folder: Path) -> list[str]:
     """A drive and a peer with a controller memory buffer behind one PCIe switch, and a drive that is not."""
     return [

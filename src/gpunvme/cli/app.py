@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import gpunvme
+from gpunvme.cli import accept as acceptance
 from gpunvme.cli import bench, catalog, nvme, nvme_devices, tier
 from gpunvme.cli.config import config
 from gpunvme.cli.copy import copy
@@ -71,7 +72,7 @@ def _forget_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
 
 
-for _command in (demo, load, copy, catalog.pack, info, doctor, stats, config):
+for _command in (demo, load, copy, catalog.pack, info, doctor, acceptance.accept, stats, config):
     app.command(epilog=EPILOG)(_reported(_command))
 
 _bench = typer.Typer(cls=bench.BenchGroup, help="Measure this library, what people use today, and the limit.")

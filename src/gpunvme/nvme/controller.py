@@ -79,6 +79,9 @@ class Controller(AdminCommands):
         Seconds that an I/O command may take before it is aborted.
     admin_timeout
         Seconds that an admin command may take.
+    vectors
+        Interrupt vectors, those of an `InterruptTransport`, that completions raise: that of I/O queue n is n modulo
+        this. Nothing here waits for interrupts; 0: none are raised.
     overwrite
         Name of the transport's device (for ``pci:``, its BDF), to allow writing to a namespace that holds a partition
         table, a file system or a catalog.
@@ -93,6 +96,7 @@ class Controller(AdminCommands):
         max_bytes: int = _MOST_BYTES,
         timeout: float = 10.0,
         admin_timeout: float = 10.0,
+        vectors: int = 0,
         overwrite: str | None = None,
     ) -> None:
         if queues < 1 or depth < 2:
@@ -106,6 +110,7 @@ class Controller(AdminCommands):
         self.timeout = timeout
         self.overwrite = overwrite
         self._wanted = (queues, depth, max_bytes)
+        self._vectors = vectors
         self._process = os.getpid()
         self._lock = threading.RLock()  # one at a time changes queues
         self._pairs: list[IoQueuePair] = []
@@ -152,8 +157,9 @@ class Controller(AdminCommands):
         self._request_events()
 
     def _make_queue(self, queue_id: int, depth: int) -> IoQueuePair:
+        vector = queue_id % self._vectors if self._vectors else None
         return IoQueuePair(
-            queue_id, depth, self.transport, self._command, self._doorbells, self.page_bytes, self.max_bytes
+            queue_id, depth, self.transport, self._command, self._doorbells, self.page_bytes, self.max_bytes, vector
         )
 
     def _set_number_of_queues(self, queues: int) -> int:

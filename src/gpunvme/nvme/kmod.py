@@ -11,6 +11,7 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -191,6 +192,20 @@ class KmodTransport:
                 uapi.call(self._fd, uapi.UNMAP, uapi.Unmap.new(handle=handle))
 
         return DmaMemory(address, nbytes, _joined(units), release)
+
+    # --- interrupts
+
+    @property
+    def interrupt_vectors(self) -> int:
+        """How many vectors the module has for the function."""
+        return int(self.info.vectors)
+
+    def set_interrupts(self, events: Sequence[int]) -> None:
+        """Pass interrupts on; see `InterruptTransport`."""
+        self._check_open()
+        for vector in range(self.interrupt_vectors):
+            event = events[vector] if vector < len(events) else -1
+            uapi.call(self._fd, uapi.SET_VECTOR, uapi.Vector.new(vector=vector, fd=event))
 
     # --- the function as a whole
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class QueuePair:
     """One I/O submission queue with the completion queue of the same number, and the memory of both.
 
-    Who drives them is someone else's matter. ``memory`` is that of both, where it is not to be allocated here.
+    Who drives them is someone else's matter. ``memory`` is that of both, where it is not to be allocated here;
+    ``vector`` is the interrupt vector that completions raise, None for no interrupts.
     """
 
     def __init__(
@@ -31,9 +32,11 @@ class QueuePair:
         command: Command,
         page_bytes: int,
         memory: tuple[DmaMemory, DmaMemory] | None = None,
+        vector: int | None = None,
     ) -> None:
         self.queue_id = queue_id
         self.depth = depth
+        self.vector = vector
         self._command = command
         self._memory: list[DmaMemory] = []
         if memory is not None:
@@ -55,7 +58,10 @@ class QueuePair:
         """Let the controller make them. Their memory is zeroed."""
         # The completion queue first: the submission queue names it (Base 2.0, section 5.4 and 5.5).
         size = (self.depth - 1) << 16 | self.queue_id
-        self._command(spec.AdminOpcode.CREATE_IO_CQ, prp1=self.completions.iova(), cdw=(size, spec.CreateQueue.PC))
+        completions = int(spec.CreateQueue.PC)
+        if self.vector is not None:
+            completions |= self.vector << 16 | spec.CreateQueue.IEN
+        self._command(spec.AdminOpcode.CREATE_IO_CQ, prp1=self.completions.iova(), cdw=(size, completions))
         try:
             queue = self.queue_id << 16 | spec.CreateQueue.PC
             self._command(spec.AdminOpcode.CREATE_IO_SQ, prp1=self.submissions.iova(), cdw=(size, queue))
@@ -89,8 +95,9 @@ class IoQueuePair(QueuePair):
         doorbells: Doorbells,
         page_bytes: int,
         max_bytes: int,
+        vector: int | None = None,
     ) -> None:
-        super().__init__(queue_id, depth, transport, command, page_bytes)
+        super().__init__(queue_id, depth, transport, command, page_bytes, vector=vector)
         slots = min(depth - 1, _native.MOST_SLOTS)
         # Data that begins inside a page touches one page more.
         list_pages = _native.prp_list_pages(max_bytes // page_bytes + 1, page_bytes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from gpunvme.nvme.dma import DmaMemory
 from gpunvme.nvme.gpu_memory import GpuAccess
@@ -55,6 +56,18 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Let go of the controller. From here on it can reach no memory of ours."""
+
+
+@runtime_checkable
+class InterruptTransport(Transport, Protocol):
+    """One that passes a controller's interrupts on to who wants them. The driver itself polls."""
+
+    @property
+    def interrupt_vectors(self) -> int:
+        """How many MSI-X vectors there are."""
+
+    def set_interrupts(self, events: Sequence[int]) -> None:
+        """Signal eventfds, those of vectors 0, 1, …; the other vectors, and with none all, are switched off."""
 
 
 def connect(uri: str | Uri) -> Transport:

@@ -1,8 +1,9 @@
 """``pci:BDF``: a controller on the PCI bus, through the kernel's VFIO.
 
 The kernel opens the function for us and lets its IOMMU translate only what we map; registers and doorbells are memory
-of this process (BAR0). No interrupt is used. `vfio_group` and `iommufd` are the two ways to open it, `pinned` is memory
-for machines without an IOMMU, `bind` hands a function to vfio-pci in the first place.
+of this process (BAR0). The driver polls; interrupts are for who asks (`vfio_interrupts`). `vfio_group` and `iommufd`
+are the two ways to open it, `pinned` is memory for machines without an IOMMU, `bind` hands a function to vfio-pci in
+the first place.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import errno
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Literal, Protocol
 
 from gpunvme.errors import TransportError, UriError
+from gpunvme.nvme import vfio_interrupts
 from gpunvme.nvme import vfio_uapi as uapi
 from gpunvme.nvme.dma import PAGE, DmaMemory, IovaSpace
 from gpunvme.nvme.gpu_memory import GpuAccess
@@ -191,6 +194,19 @@ class VfioTransport:
                 self._space.give(iova, nbytes)
 
         return DmaMemory(address, nbytes, iova, release)
+
+    # --- interrupts
+
+    @property
+    def interrupt_vectors(self) -> int:
+        """How many MSI-X vectors the function has."""
+        self._check_open()
+        return vfio_interrupts.count_vectors(self._device.fd)
+
+    def set_interrupts(self, events: Sequence[int]) -> None:
+        """Pass interrupts on; see `InterruptTransport`."""
+        self._check_open()
+        vfio_interrupts.set_vectors(self._device.fd, events)
 
     # --- the function as a whole
 

@@ -42,6 +42,8 @@ GROUP_GET_DEVICE_FD = _vfio(6)
 # --- of a device
 DEVICE_GET_INFO = _vfio(7)
 DEVICE_GET_REGION_INFO = _vfio(8)
+DEVICE_GET_IRQ_INFO = _vfio(9)
+DEVICE_SET_IRQS = _vfio(10)
 DEVICE_RESET = _vfio(11)
 DEVICE_BIND_IOMMUFD = _vfio(18)
 DEVICE_ATTACH_IOMMUFD_PT = _vfio(19)
@@ -75,6 +77,11 @@ DMA_MAP_WRITE = 1 << 1
 IOAS_MAP_FIXED_IOVA = 1 << 0
 IOAS_MAP_WRITEABLE = 1 << 1
 IOAS_MAP_READABLE = 1 << 2
+
+IRQ_SET_DATA_NONE = 1 << 0
+IRQ_SET_DATA_EVENTFD = 1 << 2
+IRQ_SET_ACTION_TRIGGER = 1 << 5
+MSIX_IRQS = 2  # VFIO_PCI_MSIX_IRQ_INDEX
 
 # Indices of a PCI device's regions (VFIO_PCI_*_REGION_INDEX).
 BAR0_REGION = 0
@@ -126,6 +133,13 @@ class RegionInfo(_Sized):
     cap_offset: int
     size: int
     offset: int
+
+
+class IrqInfo(_Sized):
+    """Of `DEVICE_GET_IRQ_INFO`."""
+
+    _fields_ = (("argsz", c_uint32), ("flags", c_uint32), ("index", c_uint32), ("count", c_uint32))
+    count: int
 
 
 class Type1Info(_Sized):
