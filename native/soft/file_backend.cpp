@@ -55,7 +55,7 @@ void rest_of(const iovec* segments, std::size_t count, std::uint64_t done, std::
 
 class FileBackend : public Backend {
  public:
-  FileBackend(int fd, std::uint64_t size, std::uint64_t identity, bool read_only) {
+  FileBackend(int fd, int lock, std::uint64_t size, std::uint64_t identity, bool read_only) : lock_(lock) {
     fd_ = fd;
     size_ = size;
     identity_ = identity;
@@ -64,11 +64,12 @@ class FileBackend : public Backend {
   }
   ~FileBackend() override { close(); }
 
-  // The lock goes with the last descriptor of the open file.
   void close() override {
     hot_.reset();
-    if (fd_ >= 0) ::close(fd_);
-    fd_ = -1;
+    for (int* const fd : {&fd_, &lock_}) {
+      if (*fd >= 0) ::close(*fd);
+      *fd = -1;
+    }
   }
 
   int read(const iovec* segments, std::size_t count, std::uint64_t offset, std::uint64_t nbytes) override {
@@ -140,6 +141,9 @@ class FileBackend : public Backend {
   }
 
   std::unique_ptr<HotRegions> hot_;
+  // Opened apart from the one that io_uring knows: the kernel lets go of rings some time after their process has ended,
+  // and the lock would be held until then.
+  int lock_;
 };
 
 }  // namespace
@@ -149,23 +153,28 @@ std::unique_ptr<Backend> open_image(const Options& options) {
   const int flags = (options.read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC | O_NONBLOCK;
   // Made where there is none and the size is known.
   const bool may_create = options.size > 0 && !options.read_only;
-  Opened image(::open(path.c_str(), flags | (may_create ? O_CREAT : 0), 0666));
-  if (image.fd() < 0 && errno == ENOENT && options.size == 0) {
+  Opened lock(::open(path.c_str(), flags | (may_create ? O_CREAT : 0), 0666));
+  if (lock.fd() < 0 && errno == ENOENT && options.size == 0) {
     refuse(path, ENOENT, "there is no such image; give size= to have it made");
   }
-  if (image.fd() < 0) throw file_failure(errno, "cannot open the image", path);
+  if (lock.fd() < 0) throw file_failure(errno, "cannot open the image", path);
 
-  struct stat status {};
-  if (fstat(image.fd(), &status) != 0) throw file_failure(errno, "cannot open the image", path);
-  if (!S_ISREG(status.st_mode)) {
+  struct stat locked {};
+  if (fstat(lock.fd(), &locked) != 0) throw file_failure(errno, "cannot open the image", path);
+  if (!S_ISREG(locked.st_mode)) {
     refuse(path, EINVAL, "not a regular file: a software controller's blocks are kept in one, or in memory");
   }
-  if (flock(image.fd(), (options.read_only ? LOCK_SH : LOCK_EX) | LOCK_NB) != 0) {
+  if (flock(lock.fd(), (options.read_only ? LOCK_SH : LOCK_EX) | LOCK_NB) != 0) {
     if (errno != EWOULDBLOCK) throw file_failure(errno, "cannot lock the image", path);
     refuse(path, EWOULDBLOCK, "the image is in use by another software controller; close that one first");
   }
   // Under the lock: nobody else makes the image larger meanwhile.
-  if (fstat(image.fd(), &status) != 0) throw file_failure(errno, "cannot open the image", path);
+  Opened image(::open(path.c_str(), flags));
+  struct stat status {};
+  if (image.fd() < 0 || fstat(image.fd(), &status) != 0) throw file_failure(errno, "cannot open the image", path);
+  if (status.st_dev != locked.st_dev || status.st_ino != locked.st_ino) {
+    refuse(path, EBUSY, "the image was replaced by another file while it was opened; open it again");
+  }
   auto size = static_cast<std::uint64_t>(status.st_size);
   if (size == 0 && options.size > 0 && !options.read_only) {
     if (options.size % options.lba_bytes != 0) {
@@ -195,7 +204,7 @@ std::unique_ptr<Backend> open_image(const Options& options) {
                " namespaces of at least one block of " + std::to_string(options.lba_bytes) + " bytes");
   }
   const std::uint64_t identity = status.st_dev * 0x9E3779B97F4A7C15u ^ status.st_ino;
-  return std::make_unique<FileBackend>(image.release(), size, identity, options.read_only);
+  return std::make_unique<FileBackend>(image.release(), lock.release(), size, identity, options.read_only);
 }
 
 }  // namespace gpunvme::soft
