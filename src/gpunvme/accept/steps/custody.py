@@ -9,6 +9,7 @@ from gpunvme.accept.job import Job
 from gpunvme.accept.result import Result, Skipped
 from gpunvme.errors import TransportError, UnsafeDeviceError
 from gpunvme.nvme.bind import KERNEL_DRIVER, OWN_DRIVER, Change, bind, unbind, user_nodes
+from gpunvme.nvme.module_state import module_state, why_not_loaded
 from gpunvme.nvme.sysfs import Machine, group_members, namespace_names, nvme_function
 
 _PATIENCE = 30.0  # seconds for a process that was ended to let go of the drive, and for devices to appear
@@ -21,7 +22,7 @@ def take(job: Job) -> Result:
     function = nvme_function(job.address, machine)
     if job.driver == OWN_DRIVER:
         if not machine.exists(f"/sys/bus/pci/drivers/{OWN_DRIVER}"):
-            raise Skipped("the kernel module is not loaded (kmod/README.md says how)")
+            raise Skipped(f"the kernel module: {why_not_loaded(module_state(machine))}")
     else:
         if function.iommu_group is None:
             raise Skipped("the drive is in no IOMMU group: VT-d or AMD-Vi is off in the firmware, or in the kernel")
