@@ -23,6 +23,7 @@ OURS = {
     "gpunvme.arguments",
     "gpunvme.errors",
     "gpunvme.file",
+    "gpunvme.freeing",
     "gpunvme.many",
     "gpunvme.memory",
     "gpunvme.opening",
