@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -302,4 +303,21 @@ def test_memory_that_is_let_go_while_a_kernel_runs_is_freed_behind_it(data: byte
         transfer.wait(60)
         if EMULATED:
             assert allocated_bytes() == held - (1 << 20)
+        assert rows.numpy().tobytes() == rows_of(data, lbas, 1)
+
+
+def test_a_job_is_not_over_before_it_is_launched(data: bytes) -> None:
+    """Other threads look after jobs, too: what its room still says is of another job."""
+    with machine(data) as m:
+        rows, lbas = Buffer.empty(16 * BLOCK, GPU), some_lbas(m.namespace, 16, 1)
+        thread = threading.Thread(target=m.queues.gather, args=(lbas, rows))
+        with m.queues._set.gate:
+            thread.start()
+            while not m.queues._set.jobs:
+                assert thread.is_alive()
+                time.sleep(0.001)
+            [job] = m.queues._set.jobs
+            assert not job.wait(0.01)
+        thread.join(60)
+        assert not thread.is_alive()
         assert rows.numpy().tobytes() == rows_of(data, lbas, 1)

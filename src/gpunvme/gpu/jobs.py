@@ -145,7 +145,7 @@ class KernelMovement:
         self._nbytes = nbytes
         self._repeat = repeat
         self._lock = threading.Lock()
-        self._ended = False
+        self._begun = self._ended = False
         self._failure: Exception | None = None
         self._stopped_by: Error | None = None
         self._commands = self._moved = self._launches = self._vain = 0
@@ -172,6 +172,7 @@ class KernelMovement:
         """Launch it for the first time."""
         self._start = time.perf_counter()
         self._launch_once()
+        self._begun = True
 
     def _launch_once(self) -> None:
         self._launches += 1
@@ -201,7 +202,8 @@ class KernelMovement:
         if not self._lock.acquire(blocking=False):
             return False  # another thread is at it
         try:
-            if not self._ended and self._queues.gpu.happened(self._room.event):
+            # Before its first launch, the room's event and counters are those of the job before.
+            if self._begun and not self._ended and self._queues.gpu.happened(self._room.event):
                 self._come_to_end()
         except CudaError as error:
             self._end(error)
