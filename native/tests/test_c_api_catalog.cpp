@@ -54,7 +54,12 @@ struct Image {
               bytes.begin() + static_cast<std::ptrdiff_t>(gpunvme::catalog::kSlots[number % 2]));
     write();
   }
-  void write() const { write_file(path, bytes); }
+  // In place: a layer that is read ahead must not find the file empty.
+  void write() const {
+    const Descriptor fd(path, O_WRONLY | O_CREAT);
+    CHECK_EQ(pwrite(fd, bytes.data(), bytes.size(), 0), static_cast<ssize_t>(bytes.size()));
+    CHECK_EQ(ftruncate(fd, static_cast<off_t>(bytes.size())), 0);
+  }
 };
 
 struct Library {
