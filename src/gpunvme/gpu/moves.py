@@ -85,7 +85,6 @@ class Moves:
         self._changed = threading.Condition()  # of what follows
         self._rooms: list[Room] = []  # by size
         self._out = 0  # rooms in use
-        self._brief: set[int] = set()  # events of kernels besides, which wait for nothing
         self._quiet = 0  # who waits for kernels to end
         self._last_stream_job = 0  # its event
         block_bytes, controller = namespace.block_size, namespace.controller
@@ -296,7 +295,7 @@ class Moves:
             self._changed.notify_all()
 
     def while_quiet(self, make: Callable[[], Any]) -> Any:
-        """Call ``make`` while no job of these queues is in flight, and begin none meanwhile; what it returns.
+        """Call ``make`` while no kernel that is launched here runs, and begin no job meanwhile; what it returns.
 
         For what CUDA may put off until kernels have ended: allocating, above all. Jobs that are in flight are looked
         after until they have ended. Kernels of the caller's own are not known here.
@@ -306,8 +305,7 @@ class Moves:
         try:
             while True:
                 with self._changed:
-                    self._brief = {event for event in self._brief if not self.gpu.happened(event)}
-                    if self._out == 0 and not self._brief:
+                    if self._out == 0 and not self._set.running():
                         return make()
                 for job in list(self._set.jobs):
                     job.wait(_LOOK_SECONDS)
@@ -320,14 +318,12 @@ class Moves:
 
     def begin_brief(self, launch: Callable[[], None], event: int) -> None:
         """Launch a kernel that waits for nothing, before ``event``, which the caller owns until `end_brief`."""
-        with self._changed:
+        with self._changed, self._set.running.launching(event):
             launch()
-            self._brief.add(event)
 
     def end_brief(self, event: int) -> None:
         """Say that the event has happened, and may be used for something else."""
-        with self._changed:
-            self._brief.discard(event)
+        self._set.running.ended(event)
 
     def _free_rooms(self) -> None:
         with self._changed:
