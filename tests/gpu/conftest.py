@@ -11,7 +11,8 @@ from gpu_queue_machine import SIZE
 
 
 @pytest.fixture(scope="module")
-def data() -> bytes:
+def stored() -> bytes:
+    """What a `gpu_queue_machine.Machine` is filled with."""
     return np.random.default_rng(5).integers(0, 256, SIZE, np.uint8).tobytes()
 
 

@@ -35,14 +35,14 @@ LOST = ["drop@0.02", "drop#5", "cq-stall#4"]
 
 
 @pytest.mark.parametrize("fault", [*HARMLESS, ",".join(HARMLESS)])
-def test_what_must_be_borne_costs_nothing_but_time(data: bytes, fault: str) -> None:
-    with machine(data) as m:
+def test_what_must_be_borne_costs_nothing_but_time(stored: bytes, fault: str) -> None:
+    with machine(stored) as m:
         m.inject(fault)
         rows = few(1500, 400)
         lbas = some_lbas(m.namespace, rows, 2)
         out = Buffer.empty(rows * 2 * BLOCK, GPU)
         m.queues.gather(lbas, out)
-        assert out.numpy().tobytes() == rows_of(data, lbas, 2)
+        assert out.numpy().tobytes() == rows_of(stored, lbas, 2)
         assert m.injected() > 0
         assert m.controller.resets == 0
         assert all_slots_are_free(m.queues)
@@ -55,18 +55,18 @@ def test_what_must_be_borne_costs_nothing_but_time(data: bytes, fault: str) -> N
 
 @pytest.mark.parametrize("fault", LOST)
 @pytest.mark.parametrize("kernel", ["gather", "stream", "scatter"])
-def test_lost_completions_are_repeated_when_somebody_waits(data: bytes, fault: str, kernel: str) -> None:
-    with machine(data, timeout=0.3, driver={"timeout": 0.3}) as m:
+def test_lost_completions_are_repeated_when_somebody_waits(stored: bytes, fault: str, kernel: str) -> None:
+    with machine(stored, timeout=0.3, driver={"timeout": 0.3}) as m:
         m.inject(fault)
         lbas = np.random.default_rng(1).permutation(m.namespace.blocks)[:300]
         rows = Buffer.empty(300 * BLOCK, GPU)
         if kernel == "gather":
             done = m.queues.gather(lbas, rows)
-            assert rows.numpy().tobytes() == rows_of(data, lbas, 1)
+            assert rows.numpy().tobytes() == rows_of(stored, lbas, 1)
         elif kernel == "stream":
             whole = Buffer.empty(SIZE, GPU)
             done = m.queues.stream(0, SIZE, whole)
-            assert whole.numpy().tobytes() == data
+            assert whole.numpy().tobytes() == stored
         else:
             done = m.queues.scatter(lbas, rows)
             m.inject("")
@@ -78,8 +78,8 @@ def test_lost_completions_are_repeated_when_somebody_waits(data: bytes, fault: s
         assert all_slots_are_free(m.queues)
 
 
-def test_lost_completions_are_reported_where_work_may_follow(data: bytes) -> None:
-    with machine(data, timeout=few(0.3, 2.0), driver={"timeout": 0.3}) as m:
+def test_lost_completions_are_reported_where_work_may_follow(stored: bytes) -> None:
+    with machine(stored, timeout=few(0.3, 2.0), driver={"timeout": 0.3}) as m:
         m.inject("drop#7")
         lbas = some_lbas(m.namespace, 100, 1)
         out = Buffer.empty(100 * BLOCK, GPU)
@@ -90,11 +90,11 @@ def test_lost_completions_are_reported_where_work_may_follow(data: bytes) -> Non
         assert lost[0].lba in lbas
         m.inject("")
         m.queues.gather(lbas, out)
-        assert out.numpy().tobytes() == rows_of(data, lbas, 1)
+        assert out.numpy().tobytes() == rows_of(stored, lbas, 1)
 
 
-def test_a_controller_that_answers_nothing_is_an_error_within_the_deadlines(data: bytes) -> None:
-    with machine(data, timeout=0.2, driver={"timeout": 0.3}) as m:
+def test_a_controller_that_answers_nothing_is_an_error_within_the_deadlines(stored: bytes) -> None:
+    with machine(stored, timeout=0.2, driver={"timeout": 0.3}) as m:
         m.inject("drop")
         rows = few(5000, 1000)
         out = Buffer.empty(rows * BLOCK, GPU)
@@ -105,8 +105,8 @@ def test_a_controller_that_answers_nothing_is_an_error_within_the_deadlines(data
         m.queues.gather(lbas, Buffer.empty(100 * BLOCK, GPU))
 
 
-def test_errors_name_their_rows(data: bytes) -> None:
-    with machine(data) as m:
+def test_errors_name_their_rows(stored: bytes) -> None:
+    with machine(stored) as m:
         m.inject("error:0x281!#3,error:0x281!#50")
         lbas = some_lbas(m.namespace, 200, 1)
         out = on_gpu(np.full(200 * BLOCK, 0xEE, np.uint8))
@@ -119,17 +119,17 @@ def test_errors_name_their_rows(data: bytes) -> None:
         got = out.numpy().reshape(200, BLOCK)
         bad = {each.lba for each in caught.value.failures}
         good = [number for number, lba in enumerate(lbas) if lba not in bad]
-        assert got[good].tobytes() == rows_of(data, lbas[good], 1)
+        assert got[good].tobytes() == rows_of(stored, lbas[good], 1)
         kept = [number for number, lba in enumerate(lbas) if lba in bad and (got[number] == 0xEE).all()]
         assert len(kept) == 2  # nobody else's bytes
         m.inject("error:0x004#2,error:0x082#9")  # these may be tried again
         m.queues.gather(lbas, out)
-        assert out.numpy().tobytes() == rows_of(data, lbas, 1)
+        assert out.numpy().tobytes() == rows_of(stored, lbas, 1)
         assert all_slots_are_free(m.queues)
 
 
-def test_more_failures_than_are_listed_are_counted(data: bytes) -> None:
-    with machine(data) as m:
+def test_more_failures_than_are_listed_are_counted(stored: bytes) -> None:
+    with machine(stored) as m:
         m.inject("error:0x281!")
         lbas = some_lbas(m.namespace, 4200, 1)
         with pytest.raises(gpunvme.CommandError) as caught:
@@ -138,31 +138,31 @@ def test_more_failures_than_are_listed_are_counted(data: bytes) -> None:
         assert all_slots_are_free(m.queues)
 
 
-def test_lbas_on_the_gpu_are_checked_one_by_one(data: bytes) -> None:
-    with machine(data) as m:
+def test_lbas_on_the_gpu_are_checked_one_by_one(stored: bytes) -> None:
+    with machine(stored) as m:
         lbas = Int64s(on_gpu(np.array([1, m.namespace.blocks, 3, -1, 2**62], np.int64)))
         out = Buffer.empty(5 * BLOCK, GPU)
         with pytest.raises(gpunvme.CommandError, match="SC 80h, DNR") as caught:
             m.queues.gather(lbas, out)
         assert len(caught.value.failures) == 3
         got = out.numpy().reshape(5, BLOCK)
-        assert got[0].tobytes() + got[2].tobytes() == rows_of(data, [1, 3], 1)
+        assert got[0].tobytes() + got[2].tobytes() == rows_of(stored, [1, 3], 1)
 
 
 @pytest.mark.parametrize("when", [1, 40])
-def test_a_controller_that_fails_is_reset_and_the_rest_is_read(data: bytes, when: int) -> None:
-    with machine(data, timeout=0.5, driver={"timeout": 0.5}) as m:
+def test_a_controller_that_fails_is_reset_and_the_rest_is_read(stored: bytes, when: int) -> None:
+    with machine(stored, timeout=0.5, driver={"timeout": 0.5}) as m:
         m.inject(f"cfs#{when}")
         rows = few(2000, 500)
         lbas = some_lbas(m.namespace, rows, 1)
         out = Buffer.empty(rows * BLOCK, GPU)
         m.queues.gather(lbas, out)
-        assert out.numpy().tobytes() == rows_of(data, lbas, 1)
+        assert out.numpy().tobytes() == rows_of(stored, lbas, 1)
         assert m.controller.resets >= 1
 
 
-def test_a_reset_by_somebody_else_is_survived(data: bytes) -> None:
-    with machine(data) as m:
+def test_a_reset_by_somebody_else_is_survived(stored: bytes) -> None:
+    with machine(stored) as m:
         rows = few(3000, 500)
         lbas = some_lbas(m.namespace, rows, 1)
         out = Buffer.empty(rows * BLOCK, GPU)
@@ -172,24 +172,24 @@ def test_a_reset_by_somebody_else_is_survived(data: bytes) -> None:
             with contextlib.suppress(gpunvme.CommandError):
                 transfer.wait(10)
             m.queues.gather(lbas, out)
-            assert out.numpy().tobytes() == rows_of(data, lbas, 1)
+            assert out.numpy().tobytes() == rows_of(stored, lbas, 1)
         assert all_slots_are_free(m.queues)
 
 
-def test_a_controller_that_is_gone_ends_everything_and_closing_works(data: bytes) -> None:
-    with machine(data, timeout=0.3, driver={"timeout": 0.3}) as m:
+def test_a_controller_that_is_gone_ends_everything_and_closing_works(stored: bytes) -> None:
+    with machine(stored, timeout=0.3, driver={"timeout": 0.3}) as m:
         m.inject("device-gone#10")
         out = Buffer.empty(2000 * BLOCK, GPU)
         with pytest.raises(gpunvme.NvmeError):
             m.queues.gather(some_lbas(m.namespace, 2000, 1), out)
         with pytest.raises(gpunvme.NvmeError):
             m.queues.gather([0], Buffer.empty(BLOCK, GPU))
-    with machine(data) as m:
+    with machine(stored) as m:
         m.queues.gather([0], Buffer.empty(BLOCK, GPU))
 
 
-def test_a_transfers_deadline_and_cancelling(data: bytes) -> None:
-    with machine(data, timeout=0.5) as m:
+def test_a_transfers_deadline_and_cancelling(stored: bytes) -> None:
+    with machine(stored, timeout=0.5) as m:
         m.inject("slow:50")
         lbas = some_lbas(m.namespace, 20000, 1)
         out = Buffer.empty(20000 * BLOCK, GPU)

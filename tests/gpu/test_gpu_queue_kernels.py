@@ -32,10 +32,10 @@ pytestmark = MARKS
 @pytest.mark.parametrize(("depth", "count"), [(4, 1), (64, 2)])
 @pytest.mark.parametrize("block", [1, 17, 256])
 def test_diverged_lanes_partial_warps_and_more_threads_than_slots(
-    data: bytes, depth: int, count: int, block: int
+    stored: bytes, depth: int, count: int, block: int
 ) -> None:
     threads = few(4000, 600) if depth > 4 else few(600, 150)
-    with machine(data, depth=depth, count=count, timeout=20) as m:
+    with machine(stored, depth=depth, count=count, timeout=20) as m:
         out, fates = Buffer.empty(threads * 2048, GPU), Buffer.empty(threads * 8, GPU)
         launch(DIVERGED, "run", -(-threads // block), block, m.queues, m.queues.count, out, fates, threads)
         got = out.numpy().reshape(threads, 2048)
@@ -43,9 +43,9 @@ def test_diverged_lanes_partial_warps_and_more_threads_than_slots(
         for me in range(threads):
             if me % 3 == 0:
                 nbytes = (1 + me % 4) * BLOCK
-                assert got[me, :nbytes].tobytes() == data[me * BLOCK : me * BLOCK + nbytes]
+                assert got[me, :nbytes].tobytes() == stored[me * BLOCK : me * BLOCK + nbytes]
             elif me % 5 == 1:
-                assert got[me].tobytes() == data[(me + 7) * BLOCK : (me + 11) * BLOCK]
+                assert got[me].tobytes() == stored[(me + 7) * BLOCK : (me + 11) * BLOCK]
         assert all_slots_are_free(m.queues)
 
 
@@ -73,17 +73,17 @@ extern "C" __global__ void by_block(const GpuQueue* queues, unsigned long long c
 """
 
 
-def test_warps_and_blocks_read_and_write_together(data: bytes) -> None:
-    with machine(data, slot_bytes=8192) as m:
+def test_warps_and_blocks_read_and_write_together(stored: bytes) -> None:
+    with machine(stored, slot_bytes=8192) as m:
         bad = on_gpu(np.zeros(1, np.uint64))
         m.queues.gather([0], Buffer.empty(BLOCK, GPU))
         out = Buffer.empty(64 * 100 * BLOCK, GPU)
         launch(GROUPS, "by_warp", 16, 128, m.queues, m.queues.count, out, bad, 100)
-        assert out.numpy().tobytes() == rows_of(data, np.arange(64) * 3, 100)
+        assert out.numpy().tobytes() == rows_of(stored, np.arange(64) * 3, 100)
         launch(GROUPS, "by_block", 40, 96, m.queues, m.queues.count, out, bad, 0)
         assert not bad.numpy().any()
         written = m.namespace.read(8192, 40 * 32).numpy()
-        expected = np.frombuffer(rows_of(data, np.arange(40) * 5, 32), np.uint8) ^ 0x55
+        expected = np.frombuffer(rows_of(stored, np.arange(40) * 5, 32), np.uint8) ^ 0x55
         assert written.tobytes() == expected.tobytes()
         assert all_slots_are_free(m.queues)
 
@@ -120,20 +120,20 @@ extern "C" __global__ void run(const GpuQueue* queues, unsigned long long count,
 """
 
 
-def test_tokens_overlap_reading_and_computing(data: bytes) -> None:
+def test_tokens_overlap_reading_and_computing(stored: bytes) -> None:
     threads = few(1024, 256)
-    with machine(data, depth=32) as m:
+    with machine(stored, depth=32) as m:
         sums, bad = Buffer.empty(threads * 8, GPU), on_gpu(np.zeros(1, np.uint64))
         launch(TOKENS, "run", threads // 128, 128, m.queues, m.queues.count, sums, bad)
         got = sums.numpy().view(np.uint64)
         assert not bad.numpy().any()
-        expected = np.frombuffer(data, np.uint8)[: threads * 2 * BLOCK].reshape(threads, -1).sum(1, dtype=np.uint64)
+        expected = np.frombuffer(stored, np.uint8)[: threads * 2 * BLOCK].reshape(threads, -1).sum(1, dtype=np.uint64)
         assert (got == expected).all()
         assert all_slots_are_free(m.queues)
 
 
-def test_a_users_kernel_is_told_of_a_timeout_and_the_queues_recover(data: bytes) -> None:
-    with machine(data, timeout=0.3, driver={"timeout": 0.3}) as m:
+def test_a_users_kernel_is_told_of_a_timeout_and_the_queues_recover(stored: bytes) -> None:
+    with machine(stored, timeout=0.3, driver={"timeout": 0.3}) as m:
         m.inject("drop#3,drop#20")
         threads = 64
         out, fates = Buffer.empty(threads * 2048, GPU), Buffer.empty(threads * 8, GPU)
@@ -146,7 +146,7 @@ def test_a_users_kernel_is_told_of_a_timeout_and_the_queues_recover(data: bytes)
         lbas = some_lbas(m.namespace, 200, 1)
         rows = Buffer.empty(200 * BLOCK, GPU)
         m.queues.gather(lbas, rows)
-        assert rows.numpy().tobytes() == rows_of(data, lbas, 1)
+        assert rows.numpy().tobytes() == rows_of(stored, lbas, 1)
         assert m.queues.recoveries >= 1
 
 

@@ -60,7 +60,7 @@ ctypes.c_uint32.from_address(host).value = 1
 """
 
 
-def test_a_kernel_that_hangs_cannot_make_close_hang(data: bytes) -> None:
+def test_a_kernel_that_hangs_cannot_make_close_hang(stored: bytes) -> None:
     child = subprocess.run(
         [sys.executable, "-c", CHILD + HANGING_PROGRAM, PRELUDE + HUNG],
         capture_output=True,
@@ -92,7 +92,7 @@ print("closed", flush=True)
 """
 
 
-def test_a_kernel_that_fails_is_an_error_and_closing_works(data: bytes) -> None:
+def test_a_kernel_that_fails_is_an_error_and_closing_works(stored: bytes) -> None:
     child = subprocess.run(
         [sys.executable, "-c", CHILD + FAILING_PROGRAM], capture_output=True, text=True, timeout=60, check=False
     )
@@ -100,19 +100,19 @@ def test_a_kernel_that_fails_is_an_error_and_closing_works(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("doorbells", ["map", "messages"])
-def test_a_controller_in_another_process(tmp_path: Path, data: bytes, doorbells: str) -> None:
+def test_a_controller_in_another_process(tmp_path: Path, stored: bytes, doorbells: str) -> None:
     with served(tmp_path / "socket", doorbells) as uri, nvme.open(uri, queues=2) as controller:
         namespace = controller.namespace()
-        namespace.write_from(data)
+        namespace.write_from(stored)
         with namespace.gpu_queues(0, count=4, depth=50) as queues:
             assert queues.doorbell == ("direct" if doorbells == "map" else "forward")
             lbas = some_lbas(namespace, 500, 8)
             out = Buffer.empty(500 * 8 * BLOCK, GPU)
             queues.gather(lbas, out)
-            assert out.numpy().tobytes() == rows_of(data, lbas, 8)
+            assert out.numpy().tobytes() == rows_of(stored, lbas, 8)
             whole = Buffer.empty(SIZE, GPU)
             queues.stream(0, SIZE, whole)
-            assert whole.numpy().tobytes() == data
+            assert whole.numpy().tobytes() == stored
 
 
 KILLED_PROGRAM = """
@@ -129,7 +129,7 @@ while True:
 """
 
 
-def test_a_process_that_is_killed_while_its_kernel_runs_harms_nobody(tmp_path: Path, data: bytes) -> None:
+def test_a_process_that_is_killed_while_its_kernel_runs_harms_nobody(tmp_path: Path, stored: bytes) -> None:
     with served(tmp_path / "socket") as uri:
         for _ in range(few(2, 1)):
             child = subprocess.Popen(
@@ -142,8 +142,8 @@ def test_a_process_that_is_killed_while_its_kernel_runs_harms_nobody(tmp_path: P
                 os.kill(child.pid, signal.SIGKILL)
         with nvme.open(uri, queues=2) as controller:
             namespace = controller.namespace()
-            namespace.write_from(data)
+            namespace.write_from(stored)
             with namespace.gpu_queues(0, count=4) as queues:
                 whole = Buffer.empty(SIZE, GPU)
                 queues.stream(0, SIZE, whole)
-                assert whole.numpy().tobytes() == data
+                assert whole.numpy().tobytes() == stored

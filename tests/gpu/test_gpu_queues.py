@@ -41,13 +41,13 @@ pytestmark = MARKS
 
 @pytest.mark.parametrize("depth", few([2, 3, 5, 37, 64, 100, 256], [2, 3, 37, 256]))
 @pytest.mark.parametrize("count", few([1, 3, 8], [1, 3]))
-def test_gather_brings_every_row(data: bytes, depth: int, count: int) -> None:
-    with machine(data, depth=depth, count=count) as m:
+def test_gather_brings_every_row(stored: bytes, depth: int, count: int) -> None:
+    with machine(stored, depth=depth, count=count) as m:
         for rows, blocks in ((1, 1), (31, 1), (33, 3), (few(1000, 250), 8)):
             lbas = some_lbas(m.namespace, rows, blocks, rows)
             out = Buffer.empty(rows * blocks * BLOCK, GPU)
             done = m.queues.gather(lbas, out)
-            assert out.numpy().tobytes() == rows_of(data, lbas, blocks)
+            assert out.numpy().tobytes() == rows_of(stored, lbas, blocks)
             assert done.path == "gpu-nvme"
             assert done.nbytes == done.direct_bytes == out.nbytes
             assert f"{rows} commands by kernels on cuda:0 over {count} queue" in done.reason
@@ -57,82 +57,82 @@ def test_gather_brings_every_row(data: bytes, depth: int, count: int) -> None:
 @pytest.mark.parametrize("blocks", few([9, 16, 17, 40, 300], [9, 17, 300]))
 @pytest.mark.parametrize("slot_bytes", few([None, 8192, 12288, 65536], [None, 12288, 65536]))
 def test_rows_larger_than_a_page_are_prp_lists_and_larger_than_a_slot_several_commands(
-    data: bytes, blocks: int, slot_bytes: int | None
+    stored: bytes, blocks: int, slot_bytes: int | None
 ) -> None:
-    with machine(data, slot_bytes=slot_bytes) as m:
+    with machine(stored, slot_bytes=slot_bytes) as m:
         lbas = some_lbas(m.namespace, 50, blocks)
         out = Buffer.empty(50 * blocks * BLOCK, GPU)
         m.queues.gather(lbas, out)
-        assert out.numpy().tobytes() == rows_of(data, lbas, blocks)
+        assert out.numpy().tobytes() == rows_of(stored, lbas, blocks)
 
 
 @pytest.mark.parametrize("options", ["&lba=4096", "&mdts=1", "&dstrd=3", "&mpsmin=1&mpsmax=1", "&mdts=0"])
-def test_other_controllers(data: bytes, options: str) -> None:
-    with machine(data, options, slot_bytes=16384) as m:
+def test_other_controllers(stored: bytes, options: str) -> None:
+    with machine(stored, options, slot_bytes=16384) as m:
         block = m.namespace.block_size
         lbas = some_lbas(m.namespace, 200, 3)
         out = Buffer.empty(200 * 3 * block, GPU)
         m.queues.gather(lbas, out)
-        assert out.numpy().tobytes() == rows_of(data, lbas, 3, block)
+        assert out.numpy().tobytes() == rows_of(stored, lbas, 3, block)
         whole = Buffer.empty(SIZE, GPU)
         m.queues.stream(0, SIZE, whole)
-        assert whole.numpy().tobytes() == data
+        assert whole.numpy().tobytes() == stored
         assert all_slots_are_free(m.queues)
 
 
 @pytest.mark.parametrize("lba", [0, 7])
 @pytest.mark.parametrize("blocks", [0, 1, 8, 9, 255, 256, 257, 5000, SIZE // BLOCK - 7])
-def test_stream_brings_every_block_and_nothing_else(data: bytes, lba: int, blocks: int) -> None:
-    with machine(data) as m:
+def test_stream_brings_every_block_and_nothing_else(stored: bytes, lba: int, blocks: int) -> None:
+    with machine(stored) as m:
         room = Buffer.empty(blocks * BLOCK + 64, GPU)
         before = room.numpy()[-64:].tobytes()
         m.queues.stream(lba, blocks * BLOCK, room)
         got = room.numpy().tobytes()
-        assert got[: blocks * BLOCK] == data[lba * BLOCK : (lba + blocks) * BLOCK]
+        assert got[: blocks * BLOCK] == stored[lba * BLOCK : (lba + blocks) * BLOCK]
         assert got[-64:] == before
 
 
-def test_small_queues_stream_too(data: bytes) -> None:
+def test_small_queues_stream_too(stored: bytes) -> None:
     """Fewer slots than the kernel has buffers: none may wait for a slot that it keeps from another."""
     for depth in (2, 3, 5):
-        with machine(data, depth=depth, count=1) as m:
+        with machine(stored, depth=depth, count=1) as m:
             whole = Buffer.empty(SIZE, GPU)
             m.queues.stream(0, SIZE, whole)
-            assert whole.numpy().tobytes() == data
+            assert whole.numpy().tobytes() == stored
             assert all_slots_are_free(m.queues)
 
 
 @pytest.mark.parametrize("slot_bytes", [None, 65536])
-def test_scatter_is_the_inverse_of_gather(data: bytes, slot_bytes: int | None) -> None:
-    with machine(data, slot_bytes=slot_bytes) as m:
+def test_scatter_is_the_inverse_of_gather(stored: bytes, slot_bytes: int | None) -> None:
+    with machine(stored, slot_bytes=slot_bytes) as m:
         rows, blocks = few(400, 100), 20
         source = Buffer.empty(rows * blocks * BLOCK, GPU)
         m.queues.gather(np.arange(rows) * blocks, source)
         places = np.random.default_rng(2).permutation(m.namespace.blocks // blocks)[:rows] * blocks
         done = m.queues.scatter(places, source)
         assert done.nbytes == source.nbytes
-        expected = bytearray(data)
+        expected = bytearray(stored)
         for number, lba in enumerate(places):
-            piece = data[number * blocks * BLOCK : (number + 1) * blocks * BLOCK]
+            piece = stored[number * blocks * BLOCK : (number + 1) * blocks * BLOCK]
             expected[lba * BLOCK : (lba + blocks) * BLOCK] = piece
         assert m.namespace.read().numpy().tobytes() == expected
         assert all_slots_are_free(m.queues)
 
 
-def test_forwarded_doorbells_carry_the_same(data: bytes) -> None:
-    with machine(data, doorbell="forward") as m:
+def test_forwarded_doorbells_carry_the_same(stored: bytes) -> None:
+    with machine(stored, doorbell="forward") as m:
         assert m.queues.doorbell == "forward"
         lbas = some_lbas(m.namespace, 500, 8)
         out = Buffer.empty(500 * 8 * BLOCK, GPU)
         done = m.queues.gather(lbas, out)
-        assert out.numpy().tobytes() == rows_of(data, lbas, 8)
+        assert out.numpy().tobytes() == rows_of(stored, lbas, 8)
         assert "forwarded by a host thread" in done.reason
 
 
 @pytest.mark.skipif(EMULATED, reason="PyTorch does not know the emulated GPU")
-def test_lbas_and_kernels_are_in_the_streams_order(data: bytes) -> None:
+def test_lbas_and_kernels_are_in_the_streams_order(stored: bytes) -> None:
     torch = pytest.importorskip("torch")
-    with machine(data) as m:
+    with machine(stored) as m:
         side = torch.cuda.Stream()
         lbas = some_lbas(m.namespace, 300, 1)
         for _ in range(5):
@@ -143,7 +143,7 @@ def test_lbas_and_kernels_are_in_the_streams_order(data: bytes) -> None:
                 transfer = m.queues.gather(places, out, wait=False)
                 copy = out.clone()
             side.synchronize()
-            assert bytes(copy.cpu().numpy()) == rows_of(data, lbas, 1)
+            assert bytes(copy.cpu().numpy()) == rows_of(stored, lbas, 1)
             assert transfer.wait(5).done
 
 
@@ -154,8 +154,8 @@ extern "C" __global__ void late(unsigned long long ns) {
 """
 
 
-def test_a_kernel_runs_after_what_is_before_it_in_its_stream_and_before_what_is_behind(data: bytes) -> None:
-    with machine(data) as m:
+def test_a_kernel_runs_after_what_is_before_it_in_its_stream_and_before_what_is_behind(stored: bytes) -> None:
+    with machine(stored) as m:
         gpu = Gpu(0)
         lbas = some_lbas(m.namespace, 100, 1)
         kernel = gpunvme.gpu.compile(PRELUDE + STREAM_ORDER).kernel("late")
@@ -170,15 +170,15 @@ def test_a_kernel_runs_after_what_is_before_it_in_its_stream_and_before_what_is_
             transfer = m.queues.gather(Int64s(places), out, stream=stream, wait=False)
             gpu.to_host(got, out.ptr, out.nbytes, stream)
             gpu.synchronize(stream)
-            assert ctypes.string_at(got, out.nbytes) == rows_of(data, lbas, 1)
+            assert ctypes.string_at(got, out.nbytes) == rows_of(stored, lbas, 1)
             assert transfer.wait(5).done
         gpu.free_host(host)
         gpu.free_host(got)
         gpu.destroy(stream=stream)
 
 
-def test_many_jobs_and_threads_share_the_queues(data: bytes) -> None:
-    with machine(data) as m:
+def test_many_jobs_and_threads_share_the_queues(stored: bytes) -> None:
+    with machine(stored) as m:
         allocations_wait_for_kernels()
         threads, rounds, rows = few((8, 10, 700), (4, 2, 150))
         lbas = [some_lbas(m.namespace, rows, 4, seed) for seed in range(threads)]
@@ -189,10 +189,10 @@ def test_many_jobs_and_threads_share_the_queues(data: bytes) -> None:
                 for _ in range(rounds):
                     out = Buffer.empty(rows * 4 * BLOCK, GPU)
                     m.queues.gather(lbas[number], out, stream=0)
-                    assert out.numpy().tobytes() == rows_of(data, lbas[number], 4)
+                    assert out.numpy().tobytes() == rows_of(stored, lbas[number], 4)
                     whole = Buffer.empty(SIZE, GPU)
                     m.queues.stream(0, SIZE, whole, stream=0)
-                    assert whole.numpy().tobytes() == data
+                    assert whole.numpy().tobytes() == stored
             except Exception as error:  # noqa: BLE001 - the main thread fails for it
                 failures.append(error)
 
@@ -208,8 +208,8 @@ def test_many_jobs_and_threads_share_the_queues(data: bytes) -> None:
 # --- bad use
 
 
-def test_bad_use_is_refused_before_any_kernel_runs(data: bytes) -> None:
-    with machine(data) as m:
+def test_bad_use_is_refused_before_any_kernel_runs(stored: bytes) -> None:
+    with machine(stored) as m:
         q, out = m.queues, Buffer.empty(10 * BLOCK, GPU)
         with pytest.raises(gpunvme.RangeError):
             q.gather([0, m.namespace.blocks], out, blocks=1)
@@ -243,8 +243,8 @@ def test_bad_use_is_refused_before_any_kernel_runs(data: bytes) -> None:
         assert len(m.controller.take_queue_ids(100)) == 8  # what failed gave its ids back
 
 
-def test_closed_queues_say_so_and_ids_are_used_again(data: bytes) -> None:
-    with machine(data, count=10) as m:
+def test_closed_queues_say_so_and_ids_are_used_again(stored: bytes) -> None:
+    with machine(stored, count=10) as m:
         for _ in range(5):
             m.queues.close()
             m.queues.close()
@@ -271,9 +271,9 @@ def test_a_controller_of_short_queues_needs_no_telling() -> None:
 # --- NVTX
 
 
-def test_launches_have_ranges(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_have_ranges(stored: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = fake_nvtx.use(monkeypatch)
-    with machine(data, timeout=few(0.3, 2.0), driver={"timeout": 0.3}) as m:
+    with machine(stored, timeout=few(0.3, 2.0), driver={"timeout": 0.3}) as m:
         m.queues.stream(0, 8 * BLOCK, Buffer.empty(8 * BLOCK, GPU))
         m.inject("drop#7")
         m.queues.gather(some_lbas(m.namespace, 100, 1), Buffer.empty(100 * BLOCK, GPU))
@@ -289,9 +289,9 @@ def test_launches_have_ranges(data: bytes, monkeypatch: pytest.MonkeyPatch) -> N
     assert any("lost on GPU queues of soft:ram" in each for each in lasted), lasted
 
 
-def test_memory_that_is_let_go_while_a_kernel_runs_is_freed_behind_it(data: bytes) -> None:
+def test_memory_that_is_let_go_while_a_kernel_runs_is_freed_behind_it(stored: bytes) -> None:
     """Freeing it at once would wait for the kernel, which may need what this thread is to do next."""
-    with machine(data, timeout=60) as m:
+    with machine(stored, timeout=60) as m:
         m.inject("delay:300#1")
         rows, let_go = Buffer.empty(16 * BLOCK, GPU), Buffer.empty(1 << 20, GPU)
         lbas = some_lbas(m.namespace, 16, 1)
@@ -303,12 +303,12 @@ def test_memory_that_is_let_go_while_a_kernel_runs_is_freed_behind_it(data: byte
         transfer.wait(60)
         if EMULATED:
             assert allocated_bytes() == held - (1 << 20)
-        assert rows.numpy().tobytes() == rows_of(data, lbas, 1)
+        assert rows.numpy().tobytes() == rows_of(stored, lbas, 1)
 
 
-def test_a_job_is_not_over_before_it_is_launched(data: bytes) -> None:
+def test_a_job_is_not_over_before_it_is_launched(stored: bytes) -> None:
     """Other threads look after jobs, too: what its room still says is of another job."""
-    with machine(data) as m:
+    with machine(stored) as m:
         rows, lbas = Buffer.empty(16 * BLOCK, GPU), some_lbas(m.namespace, 16, 1)
         thread = threading.Thread(target=m.queues.gather, args=(lbas, rows))
         with m.queues._set.gate:
@@ -320,4 +320,4 @@ def test_a_job_is_not_over_before_it_is_launched(data: bytes) -> None:
             assert not job.wait(0.01)
         thread.join(60)
         assert not thread.is_alive()
-        assert rows.numpy().tobytes() == rows_of(data, lbas, 1)
+        assert rows.numpy().tobytes() == rows_of(stored, lbas, 1)
