@@ -62,7 +62,7 @@ void submit_and_wait_as_lanes(const Driver& driver, int commands, std::uint32_t 
     while (queue.submit(lanes, slot, command, cid) != Submitted::kOk) queue.reap(lanes, 1, busy);
     while (!queue.is_done(slot, cid, status)) queue.reap(lanes, 1, busy);
     CHECK_EQ(status, 0);
-    queue.release(lanes, slot);
+    queue.release(slot);
   }
 }
 

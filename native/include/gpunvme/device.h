@@ -86,11 +86,14 @@ GPUNVME_DEVICE inline Lanes group(const GpuQueue& queue) { return Lanes::here().
 
 // --- the steps of one command
 
-// A slot, if there is one. Before a write: fill data(), then submit().
-GPUNVME_DEVICE inline bool claim(const GpuQueue& queue, Token& token) {
-  token.slot = WarpQueue(queue.pair).claim(group(queue));
+// A slot, if there is one. Before a write: fill data(), then submit(). `lanes`, if they are known: those that are here
+// for this queue.
+template <typename Group>
+GPUNVME_DEVICE inline bool claim(const GpuQueue& queue, Token& token, const Group& lanes) {
+  token.slot = WarpQueue(queue.pair).claim(lanes);
   return token.has_slot();
 }
+GPUNVME_DEVICE inline bool claim(const GpuQueue& queue, Token& token) { return claim(queue, token, group(queue)); }
 
 // The buffer of a token that has a slot; 4096 bytes or more, aligned to that.
 GPUNVME_DEVICE inline unsigned char* data(const GpuQueue& queue, const Token& token) {
@@ -99,26 +102,37 @@ GPUNVME_DEVICE inline unsigned char* data(const GpuQueue& queue, const Token& to
 
 // Gives a slot back: of a command that is done, when nobody reads data() any more, or that was never submitted.
 GPUNVME_DEVICE inline void finish(const GpuQueue& queue, Token& token) {
-  WarpQueue(queue.pair).release(group(queue), token.slot);
+  WarpQueue(queue.pair).release(token.slot);
   token.slot = QueuePair::kNoSlot;
 }
 
-// Sends a command for the slot of the token: `blocks` is 1 .. max_blocks, all in the namespace. With `prp1` other than
-// 0, the command uses this memory and not the slot's buffer. kDone means: sent. Otherwise the slot is given back.
-GPUNVME_DEVICE inline Fate submit(const GpuQueue& queue, Token& token, std::uint32_t opcode, std::uint64_t lba,
-                                  std::uint32_t blocks, std::uint64_t prp1 = 0, std::uint64_t prp2 = 0) {
+// One command, as submit() takes it.
+struct Request {
+  std::uint32_t opcode;
+  std::uint32_t blocks;
+  std::uint64_t lba;
+  std::uint64_t prp1 = 0;
+  std::uint64_t prp2 = 0;
+};
+
+namespace detail {
+
+// submit() for the lanes that `here()` says are at this place for this queue; it is asked again where they may be
+// others.
+template <typename Here>
+GPUNVME_DEVICE inline Fate submit(const GpuQueue& queue, Token& token, Request request, const Here& here) {
   const WarpQueue pair(queue.pair);
   token.deadline = now_ns() + queue.timeout_ns;
-  if (prp1 == 0) {
-    const std::uint64_t nbytes = std::uint64_t{blocks} * queue.block_bytes;
+  if (request.prp1 == 0) {
+    const std::uint64_t nbytes = std::uint64_t{request.blocks} * queue.block_bytes;
     const std::uint64_t* const pages = queue.pages + std::uint64_t{token.slot} * queue.pages_per_slot;
-    prp1 = pages[0];
+    request.prp1 = pages[0];
     if (nbytes > queue.page_bytes)
-      prp2 = nbytes > 2 * std::uint64_t{queue.page_bytes} ? queue.lists[token.slot] : pages[1];
+      request.prp2 = nbytes > 2 * std::uint64_t{queue.page_bytes} ? queue.lists[token.slot] : pages[1];
   }
-  const IoCommand command{opcode, queue.nsid, prp1, prp2, lba, blocks - 1};
+  const IoCommand command{request.opcode, queue.nsid, request.prp1, request.prp2, request.lba, request.blocks - 1};
   for (;;) {
-    const Lanes lanes = group(queue);
+    const auto lanes = here();
     const Submitted submitted = pair.submit(lanes, token.slot, command, token.cid);
     if (submitted == Submitted::kOk) return Fate::kDone;
     // The SQ is full of commands that were fetched long ago, or the controller fetches none.
@@ -126,12 +140,30 @@ GPUNVME_DEVICE inline Fate submit(const GpuQueue& queue, Token& token, std::uint
     const bool moved = submitted == Submitted::kFull && pair.reap(lanes, kPatience, busy) != 0;
     const bool expired = lanes.leaders(static_cast<std::uint32_t>(!moved && now_ns() > token.deadline)) != 0;
     if (submitted == Submitted::kStopped || expired) {
-      pair.release(lanes, token.slot);
+      pair.release(token.slot);
       token.slot = QueuePair::kNoSlot;
       return submitted == Submitted::kStopped ? Fate::kStopped : Fate::kFull;
     }
     if (busy) pause();
   }
+}
+
+// Reaps for everybody on the queue, if nobody is about it; whether there was anything.
+template <typename Group>
+GPUNVME_DEVICE inline bool reap(const GpuQueue& queue, const Group& lanes) {
+  bool busy = false;
+  const bool any = WarpQueue(queue.pair).reap(lanes, kPatience, busy) != 0;
+  if (busy) pause();
+  return any;
+}
+
+}  // namespace detail
+
+// Sends a command for the slot of the token: `blocks` is 1 .. max_blocks, all in the namespace. With `prp1` other than
+// 0, the command uses this memory and not the slot's buffer. kDone means: sent. Otherwise the slot is given back.
+GPUNVME_DEVICE inline Fate submit(const GpuQueue& queue, Token& token, std::uint32_t opcode, std::uint64_t lba,
+                                  std::uint32_t blocks, std::uint64_t prp1 = 0, std::uint64_t prp2 = 0) {
+  return detail::submit(queue, token, {opcode, blocks, lba, prp1, prp2}, [&] { return group(queue); });
 }
 
 // A slot and a command in one: for reads. kFull at once if there is no slot.
@@ -141,12 +173,7 @@ GPUNVME_DEVICE inline Fate start(const GpuQueue& queue, Token& token, std::uint3
 }
 
 // Reaps for everybody on the queue, if nobody is about it; whether there was anything.
-GPUNVME_DEVICE inline bool reap(const GpuQueue& queue) {
-  bool busy = false;
-  const bool any = WarpQueue(queue.pair).reap(group(queue), kPatience, busy) != 0;
-  if (busy) pause();
-  return any;
-}
+GPUNVME_DEVICE inline bool reap(const GpuQueue& queue) { return detail::reap(queue, group(queue)); }
 
 // Whether a submitted command has come to its end: done, given up because its time was over, or stopped. When it is
 // done its data() is there until finish(). Otherwise the token has no slot any more. Reaps nothing itself.
@@ -300,7 +327,7 @@ __device__ void warp_move(const GpuQueue& where, std::uint32_t opcode, std::uint
     const bool wants = has_piece && !submitted && !is_over;
     const std::uint32_t wanting = count_bits(__ballot_sync(kAll, wants));
     const bool enough = wanting >= batch || !__any_sync(kAll, submitted);
-    if (wants && enough) claimed = claim(queue, token);
+    if (wants && enough) claimed = claim(queue, token, Lanes::here());
     if (opcode == kWrite) {
       for (std::uint32_t left = __ballot_sync(kAll, claimed); left != 0; left &= left - 1) {
         const int whose = __ffs(static_cast<int>(left)) - 1;
@@ -312,7 +339,7 @@ __device__ void warp_move(const GpuQueue& where, std::uint32_t opcode, std::uint
       __syncwarp();
     }
     if (claimed) {
-      const Fate fate = submit(queue, token, opcode, piece.lba, piece.blocks);
+      const Fate fate = detail::submit(queue, token, {opcode, piece.blocks, piece.lba}, [] { return Lanes::here(); });
       submitted = fate == Fate::kDone;
       if (!submitted) {
         outcome = {fate, 0, 0};
@@ -357,11 +384,54 @@ __device__ void warp_move(const GpuQueue& where, std::uint32_t opcode, std::uint
       give_up = now_ns() + queue.timeout_ns;
     }
     __syncwarp();
-    if (!moved) reap(queue);
+    if (!moved) detail::reap(queue, Warp());
   }
 }
 
 namespace detail {
+
+// A transfer that takes one command: one lane sends it, all look for completions, and all copy.
+__device__ inline Outcome warp_command(const GpuQueue& where, std::uint32_t opcode, std::uint64_t lba,
+                                       std::uint32_t blocks, unsigned char* memory) {
+  const GpuQueue queue = where;  // in registers: see WarpQueue
+  const WarpQueue pair(queue.pair);
+  const Warp warp;
+  const std::uint64_t nbytes = std::uint64_t{blocks} * queue.block_bytes;
+  for (std::uint32_t tries = 1;; ++tries) {
+    Outcome outcome{Fate::kDone, 0, 0};
+    Token token;  // the first lane's; the others know the slot
+    for (const std::uint64_t give_up = now_ns() + queue.timeout_ns;;) {
+      if (warp.leads()) {
+        if (!claim(queue, token, Alone())) {
+          outcome.fate = pair.stopped() ? Fate::kStopped : now_ns() > give_up ? Fate::kFull : Fate::kDone;
+        }
+      }
+      token.slot = warp.leaders(token.slot);
+      if (token.has_slot()) break;
+      outcome.fate = static_cast<Fate>(warp.leaders(static_cast<std::uint32_t>(outcome.fate)));
+      if (outcome.fate != Fate::kDone) return outcome;
+      detail::reap(queue, warp);
+    }
+    unsigned char* const buffer = data(queue, token);
+    if (opcode == kWrite) {
+      copy(buffer, memory, nbytes, warp.rank(), warp.count());
+      warp.meet();
+    }
+    if (warp.leads()) outcome.fate = submit(queue, token, {opcode, blocks, lba}, [] { return Alone(); });
+    bool waits = warp.any(warp.leads() && outcome.fate == Fate::kDone);
+    while (waits) {
+      detail::reap(queue, warp);
+      waits = warp.any(warp.leads() && !poll(queue, token, outcome));
+    }
+    const std::uint64_t word = warp.leaders(static_cast<std::uint64_t>(outcome.fate) << 32 |
+                                            std::uint32_t{outcome.cid} << 16 | outcome.status);
+    outcome = {static_cast<Fate>(word >> 32), static_cast<std::uint16_t>(word), static_cast<std::uint16_t>(word >> 16)};
+    if (opcode == kRead && outcome.ok()) copy(memory, buffer, nbytes, warp.rank(), warp.count());
+    warp.meet();  // all have copied
+    if (outcome.fate == Fate::kDone && warp.leads()) pair.release(token.slot, token.cid);
+    if (!outcome.may_retry() || tries >= kTries) return outcome;
+  }
+}
 
 // Large transfers by a warp: lane 0 takes the first piece, lane 1 the second …; the first thing that went wrong.
 __device__ inline Outcome warp_transfer(const GpuQueue& queue, std::uint32_t opcode, std::uint64_t lba,
@@ -370,6 +440,10 @@ __device__ inline Outcome warp_transfer(const GpuQueue& queue, std::uint32_t opc
   Outcome worst{Fate::kDone, 0, 0};
   if (!in_range(queue, lba, blocks)) return {Fate::kDone, kOutOfRange, 0};
   const std::uint64_t step = queue.max_blocks;
+  if (blocks <= step) {
+    if (warp != 0 || blocks == 0) return worst;
+    return warp_command(queue, opcode, lba, static_cast<std::uint32_t>(blocks), memory);
+  }
   std::uint64_t at = (std::uint64_t{warp} * 32 + threadIdx.x % 32) * step;
   const auto next = [&](Piece& piece) {
     if (at >= blocks || !worst.ok()) return false;

@@ -84,111 +84,99 @@ GPUNVME_DEVICE inline std::uint32_t nth_bit(std::uint32_t bits, std::uint32_t nt
   return lowest_bit(bits);
 }
 
-class Lanes {
+// The calling thread, for itself. What is asked of a group answers itself, and costs nothing.
+class Alone {
  public:
-  // Those that run together here. Another time it may be others.
-  GPUNVME_DEVICE static Lanes here() {
-#if defined(GPUNVME_WARPS)
-    return Lanes(__activemask());
-#else
-    return Lanes(1);
-#endif
+  GPUNVME_DEVICE static constexpr std::uint32_t count() { return 1; }
+  GPUNVME_DEVICE static constexpr std::uint32_t rank() { return 0; }
+  GPUNVME_DEVICE static constexpr bool leads() { return true; }
+  GPUNVME_DEVICE void meet() const {}
+  template <typename T>
+  GPUNVME_DEVICE T from(std::uint32_t, T value) const {
+    return value;
   }
-
-  // Those of them that say the same.
-  GPUNVME_DEVICE Lanes alike(const void* what) const {
-#if defined(GPUNVME_WARPS)
-    return Lanes(__match_any_sync(mask_, reinterpret_cast<unsigned long long>(what)));
-#else
-    (void)what;
-    return *this;
-#endif
+  template <typename T>
+  GPUNVME_DEVICE T leaders(T value) const {
+    return value;
   }
-
-  GPUNVME_DEVICE Lanes alike(std::uint64_t what) const {
-#if defined(GPUNVME_WARPS)
-    // Most often all do, and finding groups takes longer.
-    if (all(what == leaders(what))) return *this;
-    return Lanes(__match_any_sync(mask_, static_cast<unsigned long long>(what)));
-#else
-    (void)what;
-    return *this;
-#endif
+  template <typename T>
+  GPUNVME_DEVICE T of(std::uint32_t, T value) const {
+    return value;
   }
+  GPUNVME_DEVICE std::uint32_t vote(bool yes) const { return yes ? 1 : 0; }
+  GPUNVME_DEVICE bool any(bool yes) const { return yes; }
+  GPUNVME_DEVICE bool all(bool yes) const { return yes; }
+  GPUNVME_DEVICE std::uint32_t how_many(bool yes) const { return yes ? 1 : 0; }
+  GPUNVME_DEVICE std::uint32_t prefix(bool yes) const { return yes ? 1 : 0; }
+  GPUNVME_DEVICE std::uint64_t sum(std::uint64_t value) const { return value; }
+  GPUNVME_DEVICE std::uint64_t largest(std::uint64_t value, std::uint32_t) const { return value; }
 
-  GPUNVME_DEVICE std::uint32_t count() const { return count_; }
+#if !defined(GPUNVME_WARPS)
+  // As Lanes, which are one thread each here.
+  static Alone here() { return {}; }
+  Alone alike(const void*) const { return {}; }
+  Alone alike(std::uint64_t) const { return {}; }
+#endif
+};
+
+#if !defined(GPUNVME_WARPS)
+
+using Lanes = Alone;
+
+#else
+
+// Lanes of one warp. `kWhole`: all 32, which the compiler then knows: it need not find out, wherever they tell each
+// other something, who else is there.
+template <bool kWhole>
+class LaneGroup {
+ public:
+  GPUNVME_DEVICE std::uint32_t count() const { return kWhole ? 32 : count_; }
   // Their ranks are 0 to count() - 1; this thread's.
   GPUNVME_DEVICE std::uint32_t rank() const { return rank_; }
   GPUNVME_DEVICE bool leads() const { return rank_ == 0; }
 
   // All of them wait for each other; what each wrote before, all see after.
-  GPUNVME_DEVICE void meet() const {
-#if defined(GPUNVME_WARPS)
-    __syncwarp(mask_);
-#endif
-  }
+  GPUNVME_DEVICE void meet() const { __syncwarp(mask()); }
 
   // The value that the lane of this rank has.
   template <typename T>
   GPUNVME_DEVICE T from(std::uint32_t rank, T value) const {
-#if defined(GPUNVME_WARPS)
-    return __shfl_sync(mask_, value, static_cast<int>(mask_ == kAll ? rank : nth_bit(mask_, rank)));
-#else
-    (void)rank;
-    return value;
-#endif
+    return __shfl_sync(mask(), value, static_cast<int>(mask() == kAll ? rank : nth_bit(mask(), rank)));
   }
   template <typename T>
   GPUNVME_DEVICE T leaders(T value) const {
-#if defined(GPUNVME_WARPS)
-    return __shfl_sync(mask_, value, static_cast<int>(lowest_bit(mask_)));
-#else
-    return value;
-#endif
+    return __shfl_sync(mask(), value, kWhole ? 0 : static_cast<int>(lowest_bit(mask())));
   }
 
   // The value of the lane that has this bit in a vote().
   template <typename T>
   GPUNVME_DEVICE T of(std::uint32_t bit, T value) const {
-#if defined(GPUNVME_WARPS)
-    return __shfl_sync(mask_, value, static_cast<int>(bit));
-#else
-    (void)bit;
-    return value;
-#endif
+    return __shfl_sync(mask(), value, static_cast<int>(bit));
   }
 
   // A bit for each that says yes: by rank from the lowest on where all 32 are here, otherwise by number of the lane.
-  GPUNVME_DEVICE std::uint32_t vote(bool yes) const {
-#if defined(GPUNVME_WARPS)
-    return __ballot_sync(mask_, yes);
-#else
-    return yes ? 1 : 0;
-#endif
-  }
+  GPUNVME_DEVICE std::uint32_t vote(bool yes) const { return __ballot_sync(mask(), yes); }
   GPUNVME_DEVICE bool any(bool yes) const { return vote(yes) != 0; }
-  GPUNVME_DEVICE bool all(bool yes) const { return vote(yes) == mask_; }
+  GPUNVME_DEVICE bool all(bool yes) const { return vote(yes) == mask(); }
   GPUNVME_DEVICE std::uint32_t how_many(bool yes) const { return count_bits(vote(yes)); }
   // How many of them say yes before the first says no.
   GPUNVME_DEVICE std::uint32_t prefix(bool yes) const {
-    const std::uint32_t no = mask_ & ~vote(yes);
-    return no == 0 ? count_ : count_bits(mask_ & ((no & (~no + 1)) - 1));
+    const std::uint32_t no = mask() & ~vote(yes);
+    return no == 0 ? count() : count_bits(mask() & ((no & (~no + 1)) - 1));
   }
 
   // What the values of all of them add up to; the leader's to use.
   GPUNVME_DEVICE std::uint64_t sum(std::uint64_t value) const {
     std::uint64_t total = value;
-#if defined(GPUNVME_WARPS)
-    if (mask_ == kAll) {
+    if (mask() == kAll) {
       for (int distance = 16; distance != 0; distance /= 2) total += __shfl_down_sync(kAll, total, distance);
       return total;
     }
-    for (std::uint32_t rank = 1; rank < count_; ++rank) {
+    for (std::uint32_t rank = 1; rank < count(); ++rank) {
       // The leader is the lowest lane: it adds the others' to its own.
       const std::uint64_t other = from(rank, value);
       if (leads()) total += other;
     }
-#endif
     return total;
   }
 
@@ -202,18 +190,43 @@ class Lanes {
     return most;
   }
 
- private:
+ protected:
   static constexpr std::uint32_t kAll = 0xffffffff;
 
-  GPUNVME_DEVICE explicit Lanes(std::uint32_t mask) : mask_(mask), rank_(0), count_(count_bits(mask)) {
-#if defined(GPUNVME_WARPS)
-    rank_ = count_bits(mask & lanes_before());
-#endif
-  }
+  GPUNVME_DEVICE explicit LaneGroup(std::uint32_t mask)
+      : mask_(mask), rank_(count_bits(mask & lanes_before())), count_(count_bits(mask)) {}
+  GPUNVME_DEVICE std::uint32_t mask() const { return kWhole ? kAll : mask_; }
 
+ private:
   std::uint32_t mask_;
   std::uint32_t rank_;
   std::uint32_t count_;
 };
+
+// A whole warp: its 32 lanes are at this place together.
+class Warp : public LaneGroup<true> {
+ public:
+  GPUNVME_DEVICE Warp() : LaneGroup(kAll) {}
+};
+
+// Any lanes of a warp.
+class Lanes : public LaneGroup<false> {
+ public:
+  // Those that run together here. Another time it may be others.
+  GPUNVME_DEVICE static Lanes here() { return Lanes(__activemask()); }
+
+  // Those of them that say the same.
+  GPUNVME_DEVICE Lanes alike(const void* what) const { return alike(reinterpret_cast<std::uint64_t>(what)); }
+  GPUNVME_DEVICE Lanes alike(std::uint64_t what) const {
+    // Most often all do, and finding groups takes longer.
+    if (all(what == leaders(what))) return *this;
+    return Lanes(__match_any_sync(mask(), static_cast<unsigned long long>(what)));
+  }
+
+ private:
+  GPUNVME_DEVICE explicit Lanes(std::uint32_t mask) : LaneGroup(mask) {}
+};
+
+#endif  // GPUNVME_WARPS
 
 }  // namespace gpunvme

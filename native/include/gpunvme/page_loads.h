@@ -218,7 +218,7 @@ GPUNVME_DEVICE void serve(const Lanes& lanes, const PageCache& cache, std::uint3
       give_up = now_ns() + queue.timeout_ns;
     }
     const bool waits = !lanes.any(over || claimed || arrived);
-    if (waits && (on_their_way || wanting != 0)) reap(queue);
+    if (waits && (on_their_way || wanting != 0)) reap(queue, lanes);
     if (waits && !on_their_way) pause();  // for others
   }
 }

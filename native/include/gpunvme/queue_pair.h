@@ -82,9 +82,8 @@ class QueuePair {
     alignas(kApart) Atomic<std::uint32_t> ringers;
     Atomic<std::uint64_t> rung;  // SQ entries that the controller was told of
     // Written by the reaper.
-    alignas(kApart) Atomic<std::uint32_t> reaping;
-    Atomic<std::uint32_t> cq_next;  // CQ entry to be read next, and above it the phase that makes it new
-    Atomic<std::uint64_t> sq_head;  // SQ entries that the controller has fetched
+    alignas(kApart) Atomic<std::uint64_t> reaper;  // a `reaper_of`: one access locks it, and tells where to go on
+    Atomic<std::uint64_t> sq_head;                 // SQ entries that the controller has fetched
     Atomic<std::uint64_t> completed;
     Atomic<std::uint64_t> unknown;   // CQEs with a CID that was never given out
     Atomic<std::uint64_t> late;      // CQEs of commands that were finished or given up before
@@ -131,7 +130,7 @@ class QueuePair {
           word_of(kFree, static_cast<std::uint16_t>(slot | last_generation() << slot_bits_)));
       free_[slot / 32].store_relaxed(free_[slot / 32].load_relaxed() | 1u << slot % 32);
     }
-    state_->cq_next.store_release(kPhase);
+    state_->reaper.store_release(reaper_of(kPhase));
   }
 
   GPUNVME_HD const Shape& shape() const { return shape_; }
@@ -206,9 +205,11 @@ class QueuePair {
   template <typename Finished>
   GPUNVME_HD std::uint32_t reap(const Finished& finished) const {
     // Looking costs no read-modify-write: waiters do it all the time.
-    if (!is_new(state_->cq_next.load_relaxed())) return 0;
-    if (state_->reaping.exchange(1) != 0) return 0;
-    std::uint32_t next = state_->cq_next.load_relaxed();
+    std::uint64_t reaper = state_->reaper.load_relaxed();
+    if ((reaper & kReaping) != 0 || !is_new(next_of(reaper))) return 0;
+    // Acquire: what the last reaper did. It may just have been here: then there is nothing new for this one.
+    if (!state_->reaper.compare_exchange(reaper, reaper | kReaping)) return 0;
+    std::uint32_t next = next_of(reaper);
     std::uint32_t count = 0;
     while (count < kBatch) {
       const CqeWords& entry = cq_[next & ~kPhase];
@@ -219,12 +220,10 @@ class QueuePair {
       next = (next & ~kPhase) + 1 < shape_.cq_entries ? next + 1 : (next & kPhase) ^ kPhase;
       ++count;
     }
-    if (count != 0) {
-      state_->cq_next.store_relaxed(next);
-      // After the entries were read: the controller may now write them anew.
-      ring_doorbell(cq_doorbell_, next & ~kPhase);
-    }
-    state_->reaping.store_release(0);
+    // After the entries were read: the controller may now write them anew.
+    if (count != 0) ring_doorbell(cq_doorbell_, next & ~kPhase);
+    // Release: the next reaper rings after this one.
+    state_->reaper.store_release(reaper_of(next));
     return count;
   }
 
@@ -296,6 +295,7 @@ class QueuePair {
   static constexpr int kCidShift = 32;
   static constexpr std::uint64_t kCidMask = std::uint64_t{0xffff} << kCidShift;
   static constexpr std::uint32_t kPhase = 1u << 31;
+  static constexpr std::uint64_t kReaping = 1;
 
   GPUNVME_HD static constexpr std::size_t round_up(std::size_t nbytes) {
     return (nbytes + kApart - 1) / kApart * kApart;
@@ -303,6 +303,11 @@ class QueuePair {
   GPUNVME_HD static constexpr std::uint32_t words(std::uint32_t slots) { return (slots + 31) / 32; }
   GPUNVME_HD static constexpr std::uint64_t word_of(std::uint64_t state, std::uint16_t cid) {
     return state | std::uint64_t{cid} << kCidShift;
+  }
+  // Which CQ entry is to be read next, with the phase that makes it new; `| kReaping` while somebody is about it.
+  GPUNVME_HD static constexpr std::uint64_t reaper_of(std::uint32_t next) { return std::uint64_t{next} << 32; }
+  GPUNVME_HD static constexpr std::uint32_t next_of(std::uint64_t reaper) {
+    return static_cast<std::uint32_t>(reaper >> 32);
   }
   GPUNVME_HD std::uint32_t last_generation() const { return (1u << (16 - slot_bits_)) - 1; }
 

@@ -118,61 +118,50 @@ class WarpQueue {
 
   GPUNVME_DEVICE explicit WarpQueue(const QueuePair& pair) : pair_(pair) {}
 
-  // A slot for each lane, as far as there are some: kNoSlot for the rest. Who has one must not wait for another.
-  GPUNVME_DEVICE std::uint32_t claim(const Lanes& lanes) const {
-    const std::uint32_t words = QueuePair::words(pair_.shape_.slots);
-    // From anywhere: a shared hint would cost a way to memory, and bring everybody to the same word.
-    const std::uint32_t start = lanes.leaders(any_number()) % pair_.shape_.slots;
-    std::uint32_t at = start / 32;
-    std::uint32_t mask = ~0u << start % 32;
-    std::uint32_t mine = QueuePair::kNoSlot;
-    std::uint32_t have = 0;
-    for (std::uint32_t looked = 0; looked <= words && have < lanes.count(); ++looked) {
-      std::uint32_t got = 0;
-      if (lanes.leads()) {
-        const std::uint32_t take = lowest(Near(pair_.free_[at]).load_relaxed() & mask, lanes.count() - have);
-        // Acquire: what the last users did with the slots comes before what we do.
-        if (take != 0) got = Near(pair_.free_[at]).and_acquire(~take) & take;
-      }
-      got = lanes.leaders(got);
-      const std::uint32_t more = count_bits(got);
-      if (lanes.rank() >= have && lanes.rank() - have < more) mine = at * 32 + nth_bit(got, lanes.rank() - have);
-      have += more;
-      mask = ~0u;
-      at = at + 1 < words ? at + 1 : 0;
-    }
-    lanes.meet();  // what the leader acquired, all have
-    return mine;
+  // A slot for one thread, or kNoSlot.
+  GPUNVME_DEVICE std::uint32_t claim(const Alone& alone) const {
+    const std::uint32_t slot = any_number() % pair_.shape_.slots;
+    const std::uint32_t bit = 1u << slot % 32;
+    // Taken without a look, which would take as long: most often it is free. Acquire: as below.
+    if ((Near(pair_.free_[slot / 32]).and_acquire(~bit) & bit) != 0) return slot;
+    return claim_any(alone, slot);
   }
 
-  // Gives slots back whose commands are done, or were never submitted. `lanes` have read their buffers.
-  GPUNVME_DEVICE void release(const Lanes& lanes, std::uint32_t slot) const {
-    lanes.meet();
-    Near word(pair_.slots_[slot].word);
-    word.store_relaxed((word.load_relaxed() & QueuePair::kCidMask) | QueuePair::kFree);
+  // A slot for each lane, as far as there are some: kNoSlot for the rest. Who has one must not wait for another.
+  template <typename Group>
+  GPUNVME_DEVICE std::uint32_t claim(const Group& lanes) const {
+    // From anywhere: a shared hint would cost a way to memory, and bring everybody to the same word.
+    return claim_any(lanes, lanes.leaders(any_number()) % pair_.shape_.slots);
+  }
+
+  // Gives a slot back whose command is done, or was never submitted. Who has read its buffer has met the caller since.
+  GPUNVME_DEVICE void release(std::uint32_t slot) const {
+    release(slot, static_cast<std::uint16_t>(Near(pair_.slots_[slot].word).load_relaxed() >> kCidShift));
+  }
+  // The same, of the slot's last command, whose CID is known.
+  GPUNVME_DEVICE void release(std::uint32_t slot, std::uint16_t cid) const {
+    Near(pair_.slots_[slot].word).store_relaxed(QueuePair::word_of(QueuePair::kFree, cid));
     // Release: whoever claims the slot finds it free, and its buffer read.
     Near(pair_.free_[slot / 32]).or_release(1u << slot % 32);
   }
 
   // Puts one command for each lane into the SQ and rings, as QueuePair does; kFull if there is no room for all of them
   // now, which there will be when completions are reaped. `slot` is the lane's; `cid` is set.
-  GPUNVME_DEVICE Submitted submit(const Lanes& lanes, std::uint32_t slot, const IoCommand& command,
+  template <typename Group>
+  GPUNVME_DEVICE Submitted submit(const Group& lanes, std::uint32_t slot, const IoCommand& command,
                                   std::uint16_t& cid) const {
     cid = pair_.next_cid(slot);
-    std::uint64_t first = 0;
+    Place place{};
     std::uint32_t result = 0;
-    std::uint32_t rings = 0;
-    if (lanes.leads()) {
-      // On its way with all that reserve() asks for.
-      const std::uint32_t ringers = Near(pair_.state_->ringers).load_relaxed();
-      const Submitted reserved = reserve(lanes.count(), first);
-      result = static_cast<std::uint32_t>(reserved);
-      if (reserved == Submitted::kOk && ringers == 0) rings = becomes_ringer() ? 1 : 0;
-    }
+    if (lanes.leads()) result = static_cast<std::uint32_t>(reserve(lanes.count(), place));
     const auto reserved = static_cast<Submitted>(lanes.leaders(result));
-    if (reserved != Submitted::kOk) return reserved;
-    first = lanes.leaders(first);
-    const bool is_ringer = lanes.leaders(rings) != 0;
+    const bool is_ringer = lanes.leaders(static_cast<std::uint32_t>(place.rings)) != 0;
+    place.rung = lanes.leaders(place.rung);
+    if (reserved != Submitted::kOk) {
+      if (is_ringer) ring_for_all(lanes, place.rung, place.rung);
+      return reserved;
+    }
+    const std::uint64_t first = lanes.leaders(place.first);
     const std::uint64_t ticket = first + lanes.rank();
     Near(pair_.slots_[slot].ticket).store_relaxed(ticket);
     Near(pair_.slots_[slot].word).store_relaxed(QueuePair::word_of(QueuePair::kPending, cid));
@@ -183,31 +172,39 @@ class WarpQueue {
       // Relaxed: only who rings looks at marks, which is this group. Whoever rings later comes to know of the entry by
       // `ringers`; the controller by the fence before the doorbell.
       written.store_relaxed(QueuePair::mark(ticket));
-    } else {
-      // Release: whoever rings for this entry sees it written, and the slot pending.
-      written.store_release(QueuePair::mark(ticket));
-      lanes.meet();
-      std::uint32_t others = 0;
-      if (lanes.leads()) others = Near(pair_.state_->ringers).add(1);
-      if (lanes.leaders(others) != 0) return Submitted::kOk;
+      // Its own entries need no look where they are the next to be told of.
+      ring_for_all(lanes, place.rung, place.rung == first ? first + lanes.count() : place.rung);
+      return Submitted::kOk;
     }
-    ring_for_all(lanes);
+    // Release: whoever rings for this entry sees it written, and the slot pending.
+    written.store_release(QueuePair::mark(ticket));
+    lanes.meet();
+    std::uint32_t others = 0;
+    if (lanes.leads()) others = Near(pair_.state_->ringers).add(1);
+    if (lanes.leaders(others) != 0) return Submitted::kOk;
+    const std::uint64_t rung = lanes.leaders(lanes.leads() ? Near(pair_.state_->rung).load_relaxed() : 0);
+    ring_for_all(lanes, rung, rung);
     return Submitted::kOk;
   }
 
   // Looks for new CQEs, as many as there are lanes at a time, and finishes the commands that they name; how many it
   // found. Nothing if another warp is about it, which `busy` tells. Looks `patience` times before it gives up.
   // DW0 is not read: it says nothing about reads and writes, and would cost a second way across PCIe.
-  GPUNVME_DEVICE std::uint32_t reap(const Lanes& lanes, std::uint32_t patience, bool& busy) const {
-    std::uint32_t locked = 1;
-    if (lanes.leads() && Near(pair_.state_->reaping).load_relaxed() == 0) {
+  template <typename Group>
+  GPUNVME_DEVICE std::uint32_t reap(const Group& lanes, std::uint32_t patience, bool& busy) const {
+    Near reaper(pair_.state_->reaper);
+    std::uint64_t seen = QueuePair::kReaping;
+    if (lanes.leads()) {
+      seen = reaper.load_relaxed();
       // Acquire: what the last reaper did.
-      locked = Near(pair_.state_->reaping).exchange_acquire(1);
+      if ((seen & QueuePair::kReaping) == 0 && !reaper.compare_exchange_acquire(seen, seen | QueuePair::kReaping))
+        seen |= QueuePair::kReaping;
     }
-    busy = lanes.leaders(locked) != 0;
+    seen = lanes.leaders(seen);
+    busy = (seen & QueuePair::kReaping) != 0;
     if (busy) return 0;
     lanes.meet();  // what the leader acquired, all have
-    std::uint32_t next = Near(pair_.state_->cq_next).load_relaxed();
+    std::uint32_t next = QueuePair::next_of(seen);
     std::uint32_t total = 0;
     for (;;) {
       std::uint64_t tag = 0;
@@ -215,20 +212,20 @@ class WarpQueue {
       if (found != 0) {
         total += found;
         next = advanced(next, found);
-        if (lanes.leads()) Near(pair_.state_->cq_next).store_relaxed(next);
         finish(lanes, tag, found);
         if (found == lanes.count() && total < QueuePair::kBatch) continue;
       }
       if (total != 0 || patience-- <= 1) break;
     }
     if (lanes.leads()) {
-      // cq_next was published with the last commands. Unless the doorbell is rung, no fence is left to pay for.
+      // Unless the doorbell is rung, no fence is left to pay for: what this reaper did was published with the last
+      // commands.
       if (total != 0 && is_doorbell_due(next, total)) {
         // After the entries were read: the controller may now write them anew.
         ring_doorbell(pair_.cq_doorbell_, next & ~QueuePair::kPhase);
         publish();  // the next reaper rings after this one
       }
-      Near(pair_.state_->reaping).store_published(0);
+      reaper.store_published(QueuePair::reaper_of(next));
     }
     return total;
   }
@@ -253,6 +250,70 @@ class WarpQueue {
     return bits & ~rest;
   }
 
+  // Slots as claim() gives them, from `start` on.
+  template <typename Group>
+  GPUNVME_DEVICE std::uint32_t claim_any(const Group& lanes, std::uint32_t start) const {
+    const std::uint32_t words = QueuePair::words(pair_.shape_.slots);
+    std::uint32_t at = start / 32;
+    std::uint32_t mask = ~0u << start % 32;
+    std::uint32_t mine = QueuePair::kNoSlot;
+    std::uint32_t have = 0;
+    for (std::uint32_t looked = 0; looked <= words && have < lanes.count(); ++looked) {
+      std::uint32_t got = 0;
+      if (lanes.leads()) {
+        const std::uint32_t take = lowest(Near(pair_.free_[at]).load_relaxed() & mask, lanes.count() - have);
+        // Acquire: what the last users did with the slots comes before what we do.
+        if (take != 0) got = Near(pair_.free_[at]).and_acquire(~take) & take;
+      }
+      got = lanes.leaders(got);
+      const std::uint32_t more = count_bits(got);
+      if (lanes.rank() >= have && lanes.rank() - have < more) mine = at * 32 + nth_bit(got, lanes.rank() - have);
+      have += more;
+      mask = ~0u;
+      at = at + 1 < words ? at + 1 : 0;
+    }
+    lanes.meet();  // what the leader acquired, all have
+    return mine;
+  }
+
+  // Where the entries of a group go, and what it has to do then.
+  struct Place {
+    std::uint64_t first;  // ticket
+    std::uint64_t rung;   // if it rings: entries that the controller was told of
+    bool rings;
+  };
+
+  // Room in the SQ for `count` entries that adjoin. Called by one lane, which may have become the one who rings, also
+  // if there is no room.
+  GPUNVME_DEVICE Submitted reserve(std::uint32_t count, Place& place) const {
+    Near reserved(pair_.state_->reserved);
+    // All that is needed, on its way at once.
+    const bool is_stopped = stopped();
+    const std::uint32_t ringers = Near(pair_.state_->ringers).load_relaxed();
+    place.first = reserved.load_relaxed();
+    // Acquire: the controller has read the entries that will be overwritten.
+    const std::uint64_t seen = Near(pair_.state_->head_seen).load_acquire();
+    if (is_stopped) return Submitted::kStopped;
+    if (!has_room(place.first + count - 1, seen)) return Submitted::kFull;
+    if (ringers == 0 && becomes_ringer()) {
+      place.rings = true;
+      place.rung = Near(pair_.state_->rung).load_relaxed();
+    }
+    // Relaxed: the tickets themselves say nothing; entries are published by their marks.
+    while (!reserved.compare_exchange_relaxed(place.first, place.first + count)) {
+      if (!has_room(place.first + count - 1, Near(pair_.state_->head_seen).load_acquire())) return Submitted::kFull;
+    }
+    return Submitted::kOk;
+  }
+
+  // Whether there is an entry for this ticket; `seen` is what was seen of the head.
+  GPUNVME_DEVICE bool has_room(std::uint64_t ticket, std::uint64_t seen) const {
+    if (!pair_.is_full(ticket, seen)) return true;
+    const std::uint64_t head = Near(pair_.state_->sq_head).load_acquire();
+    Near(pair_.state_->head_seen).store_release(head);
+    return !pair_.is_full(ticket, head);
+  }
+
   // To ring before the entries are written saves their release, and that of `ringers`: where nobody else is about it.
   // Those who come meanwhile are counted, and told of by ring_for_all(), as ever. Called by one lane.
   GPUNVME_DEVICE bool becomes_ringer() const {
@@ -261,12 +322,14 @@ class WarpQueue {
     return Near(pair_.state_->ringers).compare_exchange_acquire(nobody, 1);
   }
 
-  // Rings until nobody has come meanwhile. By the one group that rings, which `ringers` counts as one.
-  GPUNVME_DEVICE void ring_for_all(const Lanes& lanes) const {
+  // Rings until nobody has come meanwhile. By the one group that rings, which `ringers` counts as one. The controller
+  // was told of the entries before `rung`; all before `written` are known to be written.
+  template <typename Group>
+  GPUNVME_DEVICE void ring_for_all(const Group& lanes, std::uint64_t rung, std::uint64_t written) const {
     std::uint32_t served = 1;
     for (;;) {
       lanes.meet();  // what the leader acquired, all have; and the marks of all
-      ring_for_written(lanes);
+      written = rung = ring_for_written(lanes, rung, written);
       std::uint32_t came = 0;
       // Acquire and release as in QueuePair::ring.
       if (lanes.leads()) came = Near(pair_.state_->ringers).subtract(served);
@@ -276,28 +339,8 @@ class WarpQueue {
     }
   }
 
-  // Room in the SQ for `count` entries that adjoin. Called by one lane.
-  GPUNVME_DEVICE Submitted reserve(std::uint32_t count, std::uint64_t& ticket) const {
-    Near reserved(pair_.state_->reserved);
-    // All that is needed, on its way at once.
-    const bool is_stopped = stopped();
-    ticket = reserved.load_relaxed();
-    // Acquire: the controller has read the entries that will be overwritten.
-    const std::uint64_t seen = Near(pair_.state_->head_seen).load_acquire();
-    if (is_stopped) return Submitted::kStopped;
-    do {
-      const std::uint64_t last = ticket + count - 1;
-      if (pair_.is_full(last, seen)) {
-        const std::uint64_t head = Near(pair_.state_->sq_head).load_acquire();
-        Near(pair_.state_->head_seen).store_release(head);
-        if (pair_.is_full(last, head)) return Submitted::kFull;
-      }
-      // Relaxed: the tickets themselves say nothing; entries are published by their marks.
-    } while (!reserved.compare_exchange_relaxed(ticket, ticket + count));
-    return Submitted::kOk;
-  }
-
-  GPUNVME_DEVICE void write_entries(const Lanes& lanes, std::uint64_t first, const IoCommand& command,
+  template <typename Group>
+  GPUNVME_DEVICE void write_entries(const Group& lanes, std::uint64_t first, const IoCommand& command,
                                     std::uint16_t cid) const {
 #if defined(GPUNVME_WARPS)
     // Four lanes write one entry, 16 bytes each: whole lines go across PCIe, not parts of them.
@@ -342,29 +385,32 @@ class WarpQueue {
 #endif
   }
 
-  GPUNVME_DEVICE void ring_for_written(const Lanes& lanes) const {
-    const std::uint64_t rung = lanes.leaders(Near(pair_.state_->rung).load_relaxed());
-    std::uint64_t ticket = rung;
+  // Tells the controller of all entries that are written; how far it is told then.
+  template <typename Group>
+  GPUNVME_DEVICE std::uint64_t ring_for_written(const Group& lanes, std::uint64_t rung, std::uint64_t written) const {
+    std::uint64_t ticket = written;
     for (;;) {
       // Two entries a lane, so that a single one sees at once where it may stop.
       const std::uint64_t mine = ticket + 2 * lanes.rank();
       const std::uint32_t mark = Near(pair_.written_[pair_.position(mine)]).load_before_fence();
       const std::uint32_t second = Near(pair_.written_[pair_.position(mine + 1)]).load_before_fence();
-      const std::uint32_t written = mark != QueuePair::mark(mine) ? 0 : second != QueuePair::mark(mine + 1) ? 1 : 2;
-      const std::uint32_t full = lanes.prefix(written == 2);
+      const std::uint32_t both = mark != QueuePair::mark(mine) ? 0 : second != QueuePair::mark(mine + 1) ? 1 : 2;
+      const std::uint32_t full = lanes.prefix(both == 2);
       ticket += 2 * full;
       if (full == lanes.count()) continue;
-      ticket += lanes.from(full, written);
+      ticket += lanes.from(full, both);
       break;
     }
-    if (ticket == rung) return;
+    if (ticket == rung) return rung;
     // The entries are written: the leader's fence, in ring_doorbell(), is for what it has seen itself.
     if (lanes.count() > 1) publish();
     lanes.meet();
-    if (!lanes.leads()) return;
-    // Before the doorbell: a completion of these entries must find them told.
-    Near(pair_.state_->rung).store_relaxed(ticket);
-    ring_doorbell(pair_.sq_doorbell_, pair_.position(ticket));
+    if (lanes.leads()) {
+      // Before the doorbell: a completion of these entries must find them told.
+      Near(pair_.state_->rung).store_relaxed(ticket);
+      ring_doorbell(pair_.sq_doorbell_, pair_.position(ticket));
+    }
+    return ticket;
   }
 
   // CQ position and phase, `count` entries further; at most one round.
@@ -384,7 +430,8 @@ class WarpQueue {
   }
 
   // One look at the CQ from `next` on, an entry a lane; how many new ones there are. The reaper only.
-  GPUNVME_DEVICE std::uint32_t look(const Lanes& lanes, std::uint32_t next, std::uint64_t& tag) const {
+  template <typename Group>
+  GPUNVME_DEVICE std::uint32_t look(const Group& lanes, std::uint32_t next, std::uint64_t& tag) const {
     const bool takes_part = lanes.rank() < pair_.shape_.cq_entries;
     const std::uint32_t mine = takes_part ? advanced(next, lanes.rank()) : next;
     // Acquire: the data that the command moved was written before the phase tag changed.
@@ -393,7 +440,8 @@ class WarpQueue {
   }
 
   // Finishes the commands that the first `found` lanes' CQEs name.
-  GPUNVME_DEVICE void finish(const Lanes& lanes, std::uint64_t tag, std::uint32_t found) const {
+  template <typename Group>
+  GPUNVME_DEVICE void finish(const Group& lanes, std::uint64_t tag, std::uint32_t found) const {
     QueuePair::State& state = *pair_.state_;
     const auto cid = static_cast<std::uint16_t>(tag >> 32);
     const std::uint32_t number = pair_.slot_of(cid);
@@ -413,7 +461,7 @@ class WarpQueue {
     }
     head = lanes.largest(head, found);
     lanes.meet();
-    // What the CQEs told: data is there, SQ entries were read. And cq_next.
+    // What the CQEs told: data is there, SQ entries were read.
     publish();
     if (lanes.leads() && head != 0) Near(state.sq_head).raise_published(head);
     bool completed = false;
