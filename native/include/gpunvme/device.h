@@ -148,13 +148,18 @@ GPUNVME_DEVICE inline Fate submit(const GpuQueue& queue, Token& token, Request r
   }
 }
 
-// Reaps for everybody on the queue, if nobody is about it; whether there was anything.
-template <typename Group>
-GPUNVME_DEVICE inline bool reap(const GpuQueue& queue, const Group& lanes) {
+// Reaps for everybody on the queue, if nobody is about it; whether there was anything. `seen` as WarpQueue::reap has
+// it.
+template <typename Group, typename Seen>
+GPUNVME_DEVICE inline bool reap(const GpuQueue& queue, const Group& lanes, const Seen& seen) {
   bool busy = false;
-  const bool any = WarpQueue(queue.pair).reap(lanes, kPatience, busy) != 0;
+  const bool any = WarpQueue(queue.pair).reap(lanes, kPatience, busy, seen) != 0;
   if (busy) pause();
   return any;
+}
+template <typename Group>
+GPUNVME_DEVICE inline bool reap(const GpuQueue& queue, const Group& lanes) {
+  return reap(queue, lanes, [](std::uint64_t, std::uint32_t) {});
 }
 
 }  // namespace detail
@@ -390,6 +395,34 @@ __device__ void warp_move(const GpuQueue& where, std::uint32_t opcode, std::uint
 
 namespace detail {
 
+// Up to 4 KiB in the registers of a warp, between loading and storing. Both sides and the size are aligned to 16 bytes.
+class Held {
+ public:
+  static constexpr std::uint64_t kMost = 4096;
+
+  __device__ static bool takes(const void* to, const void* from, std::uint64_t nbytes) {
+    return nbytes <= kMost &&
+           ((reinterpret_cast<std::uint64_t>(to) | reinterpret_cast<std::uint64_t>(from) | nbytes) & 15) == 0;
+  }
+  // All loads are on their way at once: PCIe is far.
+  __device__ void load(const void* from, std::uint64_t nbytes, std::uint32_t lane) {
+#pragma unroll
+    for (std::uint32_t i = 0; i < kPieces; ++i) {
+      if ((i * 32 + lane) * 16 < nbytes) pieces_[i] = static_cast<const uint4*>(from)[i * 32 + lane];
+    }
+  }
+  __device__ void store(void* to, std::uint64_t nbytes, std::uint32_t lane) const {
+#pragma unroll
+    for (std::uint32_t i = 0; i < kPieces; ++i) {
+      if ((i * 32 + lane) * 16 < nbytes) static_cast<uint4*>(to)[i * 32 + lane] = pieces_[i];
+    }
+  }
+
+ private:
+  static constexpr std::uint32_t kPieces = kMost / 32 / 16;
+  uint4 pieces_[kPieces];
+};
+
 // A transfer that takes one command: one lane sends it, all look for completions, and all copy.
 __device__ inline Outcome warp_command(const GpuQueue& where, std::uint32_t opcode, std::uint64_t lba,
                                        std::uint32_t blocks, unsigned char* memory) {
@@ -399,36 +432,50 @@ __device__ inline Outcome warp_command(const GpuQueue& where, std::uint32_t opco
   const std::uint64_t nbytes = std::uint64_t{blocks} * queue.block_bytes;
   for (std::uint32_t tries = 1;; ++tries) {
     Outcome outcome{Fate::kDone, 0, 0};
-    Token token;  // the first lane's; the others know the slot
+    Token token;  // the first lane's
     for (const std::uint64_t give_up = now_ns() + queue.timeout_ns;;) {
-      if (warp.leads()) {
-        if (!claim(queue, token, Alone())) {
-          outcome.fate = pair.stopped() ? Fate::kStopped : now_ns() > give_up ? Fate::kFull : Fate::kDone;
-        }
+      if (warp.leads() && !claim(queue, token, Alone())) {
+        outcome.fate = pair.stopped() ? Fate::kStopped : now_ns() > give_up ? Fate::kFull : Fate::kDone;
       }
       token.slot = warp.leaders(token.slot);
       if (token.has_slot()) break;
       outcome.fate = static_cast<Fate>(warp.leaders(static_cast<std::uint32_t>(outcome.fate)));
       if (outcome.fate != Fate::kDone) return outcome;
-      detail::reap(queue, warp);
+      reap(queue, warp);
     }
+    const std::uint32_t slot = token.slot;
     unsigned char* const buffer = data(queue, token);
     if (opcode == kWrite) {
       copy(buffer, memory, nbytes, warp.rank(), warp.count());
       warp.meet();
     }
     if (warp.leads()) outcome.fate = submit(queue, token, {opcode, blocks, lba}, [] { return Alone(); });
+    // What the CQE says is there is on its way across PCIe while the command is finished, and used if it was.
+    Held held;
+    bool has_held = false;
+    const bool may_hold = opcode == kRead && Held::takes(memory, buffer, nbytes);
+    const std::uint16_t cid = warp.leaders(std::uint32_t{token.cid});
+    const auto seen = [&](std::uint64_t tag, std::uint32_t found) {
+      const bool mine = warp.rank() < found && WarpQueue::cid_of(tag) == cid && WarpQueue::status_of(tag) == 0;
+      if (!may_hold || has_held || !warp.any(mine)) return;
+      held.load(buffer, nbytes, warp.rank());
+      has_held = true;
+    };
     bool waits = warp.any(warp.leads() && outcome.fate == Fate::kDone);
     while (waits) {
-      detail::reap(queue, warp);
+      reap(queue, warp, seen);
       waits = warp.any(warp.leads() && !poll(queue, token, outcome));
     }
     const std::uint64_t word = warp.leaders(static_cast<std::uint64_t>(outcome.fate) << 32 |
                                             std::uint32_t{outcome.cid} << 16 | outcome.status);
     outcome = {static_cast<Fate>(word >> 32), static_cast<std::uint16_t>(word), static_cast<std::uint16_t>(word >> 16)};
-    if (opcode == kRead && outcome.ok()) copy(memory, buffer, nbytes, warp.rank(), warp.count());
-    warp.meet();  // all have copied
-    if (outcome.fate == Fate::kDone && warp.leads()) pair.release(token.slot, token.cid);
+    const bool is_read = opcode == kRead && outcome.ok();
+    if (is_read && !has_held) copy(memory, buffer, nbytes, warp.rank(), warp.count());
+    warp.meet();  // all have read the buffer
+    if (outcome.fate == Fate::kDone && warp.leads()) pair.release(slot, cid);
+    // Behind the release, whose fence need not wait for it.
+    if (is_read && has_held) held.store(memory, nbytes, warp.rank());
+    warp.meet();  // what any of them has written, all see
     if (!outcome.may_retry() || tries >= kTries) return outcome;
   }
 }

@@ -8,95 +8,10 @@
 #pragma once
 
 #include "gpunvme/lanes.h"
+#include "gpunvme/near.h"
 #include "gpunvme/queue_pair.h"
 
 namespace gpunvme {
-
-// Orders everything before it before the accesses called "published" after it, for the threads of one GPU: one fence
-// where there would be one for each of them. On the host these accesses are releases themselves, which
-// ThreadSanitizer sees.
-GPUNVME_DEVICE inline void publish() {
-#if defined(__CUDACC__)
-  cuda::atomic_thread_fence(cuda::std::memory_order_acq_rel, cuda::thread_scope_device);
-#endif
-}
-
-// An Atomic that only threads of one GPU look at while it is used so. Host code has nothing nearer than its memory.
-template <typename T>
-class Near {
- public:
-  GPUNVME_DEVICE explicit Near(Atomic<T>& atomic) : atomic_(atomic) {}
-#if defined(__CUDACC__)
-  GPUNVME_DEVICE T load_relaxed() const { return reference().load(cuda::std::memory_order_relaxed); }
-  GPUNVME_DEVICE T load_acquire() const { return reference().load(cuda::std::memory_order_acquire); }
-  GPUNVME_DEVICE void store_relaxed(T value) const { reference().store(value, cuda::std::memory_order_relaxed); }
-  GPUNVME_DEVICE void store_release(T value) const { reference().store(value, cuda::std::memory_order_release); }
-  GPUNVME_DEVICE T exchange_acquire(T value) const {
-    return reference().exchange(value, cuda::std::memory_order_acquire);
-  }
-  GPUNVME_DEVICE T add(T value) const { return reference().fetch_add(value, cuda::std::memory_order_acq_rel); }
-  GPUNVME_DEVICE T add_acquire(T value) const { return reference().fetch_add(value, cuda::std::memory_order_acquire); }
-  GPUNVME_DEVICE void add_release(T value) const { reference().fetch_add(value, cuda::std::memory_order_release); }
-  GPUNVME_DEVICE void subtract_release(T value) const { reference().fetch_sub(value, cuda::std::memory_order_release); }
-  GPUNVME_DEVICE T subtract(T value) const { return reference().fetch_sub(value, cuda::std::memory_order_acq_rel); }
-  GPUNVME_DEVICE T and_acquire(T value) const { return reference().fetch_and(value, cuda::std::memory_order_acquire); }
-  GPUNVME_DEVICE T or_release(T value) const { return reference().fetch_or(value, cuda::std::memory_order_release); }
-  GPUNVME_DEVICE bool compare_exchange_relaxed(T& expected, T desired) const {
-    return reference().compare_exchange_strong(expected, desired, cuda::std::memory_order_relaxed,
-                                               cuda::std::memory_order_relaxed);
-  }
-  GPUNVME_DEVICE bool compare_exchange_acquire(T& expected, T desired) const {
-    return reference().compare_exchange_strong(expected, desired, cuda::std::memory_order_acquire,
-                                               cuda::std::memory_order_relaxed);
-  }
-  GPUNVME_DEVICE void or_relaxed(T value) const { reference().fetch_or(value, cuda::std::memory_order_relaxed); }
-  GPUNVME_DEVICE void and_relaxed(T value) const { reference().fetch_and(value, cuda::std::memory_order_relaxed); }
-  GPUNVME_DEVICE void add_relaxed(T value) const { reference().fetch_add(value, cuda::std::memory_order_relaxed); }
-  // An acquire once a fence follows.
-  GPUNVME_DEVICE T load_before_fence() const { return load_relaxed(); }
-  // After publish().
-  GPUNVME_DEVICE void store_published(T value) const { store_relaxed(value); }
-  GPUNVME_DEVICE void raise_published(T value) const { reference().fetch_max(value, cuda::std::memory_order_relaxed); }
-  GPUNVME_DEVICE bool compare_exchange_published(T& expected, T desired) const {
-    return compare_exchange_relaxed(expected, desired);
-  }
-
- private:
-  using Reference = cuda::atomic_ref<T, cuda::thread_scope_device>;
-  GPUNVME_DEVICE Reference reference() const { return Reference(reinterpret_cast<T&>(atomic_)); }
-#else
-  T load_relaxed() const { return atomic_.load_relaxed(); }
-  T load_acquire() const { return atomic_.load_acquire(); }
-  void store_relaxed(T value) const { atomic_.store_relaxed(value); }
-  void store_release(T value) const { atomic_.store_release(value); }
-  T exchange_acquire(T value) const { return atomic_.exchange(value); }
-  T add(T value) const { return atomic_.fetch_add(value); }
-  T add_acquire(T value) const { return atomic_.fetch_add(value); }
-  void add_release(T value) const { atomic_.fetch_add(value); }
-  void subtract_release(T value) const { atomic_.fetch_sub(value); }
-  T subtract(T value) const { return atomic_.fetch_sub(value); }
-  T and_acquire(T value) const { return atomic_.fetch_and(value); }
-  T or_release(T value) const { return atomic_.fetch_or(value); }
-  bool compare_exchange_relaxed(T& expected, T desired) const { return atomic_.compare_exchange(expected, desired); }
-  bool compare_exchange_acquire(T& expected, T desired) const { return atomic_.compare_exchange(expected, desired); }
-  void or_relaxed(T value) const { atomic_.fetch_or(value); }
-  void and_relaxed(T value) const { atomic_.fetch_and(value); }
-  void add_relaxed(T value) const { atomic_.fetch_add(value); }
-  T load_before_fence() const { return atomic_.load_acquire(); }
-  void store_published(T value) const { atomic_.store_release(value); }
-  void raise_published(T value) const {
-    T seen = atomic_.load_relaxed();
-    while (seen < value && !atomic_.compare_exchange(seen, value)) {
-    }
-  }
-  bool compare_exchange_published(T& expected, T desired) const { return atomic_.compare_exchange(expected, desired); }
-
- private:
-#endif
-  Atomic<T>& atomic_;
-};
-template <typename T>
-Near(Atomic<T>&) -> Near<T>;
 
 // What a read or write command says; everything else in its entry is zero.
 struct IoCommand {
@@ -120,7 +35,7 @@ class WarpQueue {
 
   // A slot for one thread, or kNoSlot.
   GPUNVME_DEVICE std::uint32_t claim(const Alone& alone) const {
-    const std::uint32_t slot = any_number() % pair_.shape_.slots;
+    const std::uint32_t slot = any_number_below(pair_.shape_.slots);
     const std::uint32_t bit = 1u << slot % 32;
     // Taken without a look, which would take as long: most often it is free. Acquire: as below.
     if ((Near(pair_.free_[slot / 32]).and_acquire(~bit) & bit) != 0) return slot;
@@ -131,7 +46,7 @@ class WarpQueue {
   template <typename Group>
   GPUNVME_DEVICE std::uint32_t claim(const Group& lanes) const {
     // From anywhere: a shared hint would cost a way to memory, and bring everybody to the same word.
-    return claim_any(lanes, lanes.leaders(any_number()) % pair_.shape_.slots);
+    return claim_any(lanes, lanes.leaders(any_number_below(pair_.shape_.slots)));
   }
 
   // Gives a slot back whose command is done, or was never submitted. Who has read its buffer has met the caller since.
@@ -190,21 +105,22 @@ class WarpQueue {
   // Looks for new CQEs, as many as there are lanes at a time, and finishes the commands that they name; how many it
   // found. Nothing if another warp is about it, which `busy` tells. Looks `patience` times before it gives up.
   // DW0 is not read: it says nothing about reads and writes, and would cost a second way across PCIe.
-  template <typename Group>
-  GPUNVME_DEVICE std::uint32_t reap(const Group& lanes, std::uint32_t patience, bool& busy) const {
+  // `seen(tag, found)`, which all lanes call, is told before anybody else what the first `found` lanes' CQEs say.
+  template <typename Group, typename Seen>
+  GPUNVME_DEVICE std::uint32_t reap(const Group& lanes, std::uint32_t patience, bool& busy, const Seen& seen) const {
     Near reaper(pair_.state_->reaper);
-    std::uint64_t seen = QueuePair::kReaping;
+    std::uint64_t was = QueuePair::kReaping;
     if (lanes.leads()) {
-      seen = reaper.load_relaxed();
+      was = reaper.load_relaxed();
       // Acquire: what the last reaper did.
-      if ((seen & QueuePair::kReaping) == 0 && !reaper.compare_exchange_acquire(seen, seen | QueuePair::kReaping))
-        seen |= QueuePair::kReaping;
+      if ((was & QueuePair::kReaping) == 0 && !reaper.compare_exchange_acquire(was, was | QueuePair::kReaping))
+        was |= QueuePair::kReaping;
     }
-    seen = lanes.leaders(seen);
-    busy = (seen & QueuePair::kReaping) != 0;
+    was = lanes.leaders(was);
+    busy = (was & QueuePair::kReaping) != 0;
     if (busy) return 0;
     lanes.meet();  // what the leader acquired, all have
-    std::uint32_t next = QueuePair::next_of(seen);
+    std::uint32_t next = QueuePair::next_of(was);
     std::uint32_t total = 0;
     for (;;) {
       std::uint64_t tag = 0;
@@ -212,6 +128,8 @@ class WarpQueue {
       if (found != 0) {
         total += found;
         next = advanced(next, found);
+        lanes.meet();  // what each acquired, all have
+        seen(tag, found);
         finish(lanes, tag, found);
         if (found == lanes.count() && total < QueuePair::kBatch) continue;
       }
@@ -229,6 +147,15 @@ class WarpQueue {
     }
     return total;
   }
+
+  template <typename Group>
+  GPUNVME_DEVICE std::uint32_t reap(const Group& lanes, std::uint32_t patience, bool& busy) const {
+    return reap(lanes, patience, busy, [](std::uint64_t, std::uint32_t) {});
+  }
+
+  // What a CQE's tag says of a command.
+  GPUNVME_DEVICE static std::uint16_t cid_of(std::uint64_t tag) { return static_cast<std::uint16_t>(tag >> 32); }
+  GPUNVME_DEVICE static std::uint16_t status_of(std::uint64_t tag) { return static_cast<std::uint16_t>(tag >> 49); }
 
   // Whether the command is done, and its status. The slot, and the buffer that goes with it, stay the caller's until
   // release().
@@ -287,18 +214,17 @@ class WarpQueue {
   // if there is no room.
   GPUNVME_DEVICE Submitted reserve(std::uint32_t count, Place& place) const {
     Near reserved(pair_.state_->reserved);
+    // One thread takes the role without a look first: a look would take as long, and most often nobody has it. Of many
+    // groups few would get it.
+    if (count == 1 || Near(pair_.state_->ringers).load_relaxed() == 0) place.rings = becomes_ringer();
     // All that is needed, on its way at once.
     const bool is_stopped = stopped();
-    const std::uint32_t ringers = Near(pair_.state_->ringers).load_relaxed();
+    if (place.rings) place.rung = Near(pair_.state_->rung).load_relaxed();
     place.first = reserved.load_relaxed();
     // Acquire: the controller has read the entries that will be overwritten.
     const std::uint64_t seen = Near(pair_.state_->head_seen).load_acquire();
     if (is_stopped) return Submitted::kStopped;
     if (!has_room(place.first + count - 1, seen)) return Submitted::kFull;
-    if (ringers == 0 && becomes_ringer()) {
-      place.rings = true;
-      place.rung = Near(pair_.state_->rung).load_relaxed();
-    }
     // Relaxed: the tickets themselves say nothing; entries are published by their marks.
     while (!reserved.compare_exchange_relaxed(place.first, place.first + count)) {
       if (!has_room(place.first + count - 1, Near(pair_.state_->head_seen).load_acquire())) return Submitted::kFull;
@@ -389,7 +315,8 @@ class WarpQueue {
   template <typename Group>
   GPUNVME_DEVICE std::uint64_t ring_for_written(const Group& lanes, std::uint64_t rung, std::uint64_t written) const {
     std::uint64_t ticket = written;
-    for (;;) {
+    // A thread for itself does not look for others' entries first: they are counted, and the next round is for them.
+    while (lanes.count() != 1 || written == rung) {
       // Two entries a lane, so that a single one sees at once where it may stop.
       const std::uint64_t mine = ticket + 2 * lanes.rank();
       const std::uint32_t mark = Near(pair_.written_[pair_.position(mine)]).load_before_fence();
@@ -423,10 +350,11 @@ class WarpQueue {
   // The CQ head doorbell is rung when a quarter of the queue, or its end, was passed: the controller has room for the
   // rest meanwhile, and rings cost a fence.
   GPUNVME_DEVICE bool is_doorbell_due(std::uint32_t next, std::uint32_t total) const {
-    const std::uint32_t quarter = pair_.shape_.cq_entries / 4;
-    if (quarter <= 1) return true;
     const std::uint32_t at = next & ~QueuePair::kPhase;
-    return at < total || at / quarter != (at - total) / quarter;
+    const std::uint32_t entries = pair_.shape_.cq_entries;
+    // By powers of two: a quarter, or less.
+    const std::uint32_t part = entries < 8 ? 0 : highest_bit(entries / 4);
+    return at < total || at >> part != (at - total) >> part;
   }
 
   // One look at the CQ from `next` on, an entry a lane; how many new ones there are. The reaper only.
@@ -443,7 +371,7 @@ class WarpQueue {
   template <typename Group>
   GPUNVME_DEVICE void finish(const Group& lanes, std::uint64_t tag, std::uint32_t found) const {
     QueuePair::State& state = *pair_.state_;
-    const auto cid = static_cast<std::uint16_t>(tag >> 32);
+    const std::uint16_t cid = cid_of(tag);
     const std::uint32_t number = pair_.slot_of(cid);
     const bool mine = lanes.rank() < found;
     const bool known = mine && number < pair_.shape_.slots &&
@@ -460,7 +388,6 @@ class WarpQueue {
       if (seen == pending || seen == given_up) head = head_after(ticket, tag, rung, bad_head);
     }
     head = lanes.largest(head, found);
-    lanes.meet();
     // What the CQEs told: data is there, SQ entries were read.
     publish();
     if (lanes.leads() && head != 0) Near(state.sq_head).raise_published(head);
@@ -468,7 +395,8 @@ class WarpQueue {
     bool late = false;
     if (known) {
       // Whoever sees the slot done sees the data. Of two CQEs with one CID, one wins.
-      const std::uint64_t done = QueuePair::word_of(QueuePair::kDone, cid) | (tag >> 49) << QueuePair::kStatusShift;
+      const std::uint64_t done = QueuePair::word_of(QueuePair::kDone, cid) | std::uint64_t{status_of(tag)}
+                                                                                 << QueuePair::kStatusShift;
       completed = seen == pending && Near(pair_.slots_[number].word).compare_exchange_published(seen, done);
       late = !completed && seen != given_up &&
              static_cast<std::uint32_t>(seen >> QueuePair::kCidShift) >> pair_.slot_bits_ != pair_.last_generation();
