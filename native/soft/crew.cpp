@@ -28,7 +28,7 @@ void relax() {
 Crew::Crew(Device& device, Admin& admin) : device_(device) {
   const unsigned count = std::max(1u, device.options.threads);
   for (unsigned i = 0; i < count; ++i) {
-    workers_.emplace_back(device, admin, device.iova.add_reader(), device.counters.emplace_back());
+    workers_.emplace_back(device, admin, device.iova.add_reader(), device.counters.emplace_back(), i, count);
   }
   for (unsigned i = 0; i < device.options.threads; ++i) {
     threads_.emplace_back([this, i] { run(workers_[i]); });

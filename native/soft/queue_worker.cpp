@@ -6,13 +6,16 @@
 
 namespace gpunvme::soft {
 
-Worker::Worker(Device& device, Admin& admin, IovaTable::Reader& reader, Counters& counters)
+Worker::Worker(Device& device, Admin& admin, IovaTable::Reader& reader, Counters& counters, unsigned number,
+               unsigned count)
     : device_(device),
       admin_(admin),
       reader_(reader),
       counters_(counters),
       dma_(device.iova),
       io_(device, dma_, counters),
+      number_(number),
+      count_(count),
       several_(device.several),
       uses_ring_(device.backend->memory() == nullptr && device.options.threads > 0) {}
 
@@ -21,9 +24,10 @@ unsigned Worker::pass() {
   unsigned fetched = 0;
   // Acquire: the queues are as the register side left them before it switched this on.
   if (device_.serving.load(std::memory_order_acquire)) [[likely]] {
-    fetched = serve(device_.queues.sq(0));
+    // Each worker has queues of its own, whose cache lines then stay with it: what several take turns at takes longer.
     const std::uint32_t highest = device_.queues.highest_sq();
-    for (std::uint32_t id = 1; id <= highest; ++id) fetched += serve(device_.queues.sq(id));
+    for (std::uint32_t id = number_; id <= highest; id += count_) fetched += serve(device_.queues.sq(id));
+    if (fetched == 0 && count_ > 1) fetched = help();
     if (fetched == 0) {
       counters_.add(Count::kIdlePasses);
       if (++looked_at_ >= device_.doorbells.ids()) looked_at_ = 0;
@@ -32,6 +36,21 @@ unsigned Worker::pass() {
   }
   chores();
   announce();
+  return fetched;
+}
+
+// The other workers' queues: where more than one command waits, and now and then where any does.
+unsigned Worker::help() {
+  const bool due = ++passes_ % kPassesPerHelp == 0;
+  if (!due && helping_ == 0 && !is_fresh_) return 0;
+  const bool takes_lone = is_fresh_ || (due && ++helps_ % kHelpsPerLone == 0);
+  is_fresh_ = false;
+  const std::uint32_t highest = device_.queues.highest_sq();
+  unsigned fetched = 0;
+  for (std::uint32_t id = 0; id <= highest; ++id) {
+    if (id % count_ != number_) fetched += serve(device_.queues.sq(id), takes_lone ? 1 : 2);
+  }
+  helping_ = fetched > 1 ? kPassesOfHelp : helping_ > 0 ? helping_ - 1 : 0;
   return fetched;
 }
 
@@ -62,11 +81,14 @@ void Worker::go_offline() {
   reader_.go_offline();
 }
 
-unsigned Worker::serve(SubmissionQueue& sq) {
+// Commands of one queue, if `least`, 1 or 2, wait; how many were fetched.
+unsigned Worker::serve(SubmissionQueue& sq, std::uint32_t least) {
   // Acquire: with the release of who switched the queue on.
   if (!sq.live.load(std::memory_order_acquire)) return 0;
   const auto tail = std::atomic_ref<std::uint32_t>(*sq.tail_doorbell).load(std::memory_order_relaxed);
-  if (tail == sq.head.load(std::memory_order_relaxed)) return 0;
+  const std::uint32_t head = sq.head.load(std::memory_order_relaxed);
+  // Near enough: how long the queue is, its lock guards.
+  if (tail == head || (least > 1 && (tail == head + 1 || tail == 0))) return 0;
 
   // The admin queue stays locked while its commands are executed: they are executed one at a time. Any other queue is
   // free for the next worker as soon as its entries have been copied.

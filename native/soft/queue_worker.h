@@ -13,14 +13,18 @@ namespace gpunvme::soft {
 
 class Worker final : public Admin::Worker {
  public:
-  Worker(Device& device, Admin& admin, IovaTable::Reader& reader, Counters& counters);
+  // Worker number `number` of `count`.
+  Worker(Device& device, Admin& admin, IovaTable::Reader& reader, Counters& counters, unsigned number, unsigned count);
 
   // One pass; the number of commands fetched. Between go_online and go_offline.
   unsigned pass();
   // All of the checks that a pass without work makes a few of: invalid doorbells of any queue.
   void look_everywhere();
 
-  void go_online() { reader_.go_online(); }
+  void go_online() {
+    reader_.go_online();
+    is_fresh_ = true;
+  }
   // Nothing is in flight and no host memory is touched until go_online.
   void go_offline();
   bool offline() const { return reader_.offline(); }
@@ -32,8 +36,15 @@ class Worker final : public Admin::Worker {
 
  private:
   static constexpr std::uint32_t kBatch = 16;
+  // After so many passes without work of its own a worker looks at the others' queues, and at every so manieth of those
+  // looks it also takes a command that is alone: whose it is would have taken it by then.
+  static constexpr std::uint32_t kPassesPerHelp = 4;
+  static constexpr std::uint32_t kHelpsPerLone = 4;
+  // As long as there is a backlog, and for so many passes after, it looks every time.
+  static constexpr std::uint32_t kPassesOfHelp = 64;
 
-  unsigned serve(SubmissionQueue& sq);
+  unsigned serve(SubmissionQueue& sq, std::uint32_t least = 1);
+  unsigned help();
   std::uint32_t fetch(SubmissionQueue& sq);
   bool copy_entries(const SubmissionQueue& sq, std::uint32_t head, std::uint32_t done, std::uint32_t count);
   bool accept_tail(SubmissionQueue& sq, std::uint32_t tail, std::uint32_t head);
@@ -66,9 +77,15 @@ class Worker final : public Admin::Worker {
   Counters& counters_;
   Dma dma_;
   IoCommands io_;
+  const unsigned number_;
+  const unsigned count_;
   const bool several_;
   const bool uses_ring_;
   std::uint32_t looked_at_ = 0;
+  std::uint32_t passes_ = 0;  // without work of its own
+  std::uint32_t helps_ = 0;
+  std::uint32_t helping_ = 0;  // passes for which it goes on looking every time
+  bool is_fresh_ = true;       // it was away: nobody may have looked
   std::vector<FileRing::Finished> finished_;
   alignas(64) nvme::Sqe batch_[kBatch];
 };

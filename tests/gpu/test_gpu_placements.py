@@ -386,10 +386,11 @@ def test_pages_larger_than_the_gpus_are_a_reason() -> None:
 @pytest.mark.parametrize("placement", ON_GPU)
 def test_a_copy_that_fails_is_tried_again_and_recorded(controller: Any, placement: str) -> None:
     with controller.namespace().gpu_queues(0, count=1, depth=8, placement=placement, timeout=1.0) as queues:
+        # One after the other: what a copy that failed makes necessary copies, too, and must not fail.
         for k in (3, 8, 20):
             fake.fail_call("cuMemcpyHtoDAsync", 700, k)
-        check_gather(queues, rows=60)
-        check_stream(queues)
+            check_gather(queues, rows=60)
+            check_stream(queues)
         assert stats(controller)["device_copy_errors"] > 0
         assert controller.transport.controller.dma_faults()
         assert "cuMemcpyHtoDAsync" in controller.transport.controller.gpu_failure(0)

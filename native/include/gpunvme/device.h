@@ -117,24 +117,29 @@ struct Request {
 
 namespace detail {
 
+// The command that a request is in this slot.
+GPUNVME_DEVICE inline IoCommand command_of(const GpuQueue& queue, std::uint32_t slot, Request request) {
+  if (request.prp1 == 0) {
+    const std::uint64_t nbytes = std::uint64_t{request.blocks} * queue.block_bytes;
+    const std::uint64_t* const pages = queue.pages + std::uint64_t{slot} * queue.pages_per_slot;
+    request.prp1 = pages[0];
+    if (nbytes > queue.page_bytes)
+      request.prp2 = nbytes > 2 * std::uint64_t{queue.page_bytes} ? queue.lists[slot] : pages[1];
+  }
+  return {request.opcode, queue.nsid, request.prp1, request.prp2, request.lba, request.blocks - 1};
+}
+
 // submit() for the lanes that `here()` says are at this place for this queue; it is asked again where they may be
 // others.
 template <typename Here>
-GPUNVME_DEVICE inline Fate submit(const GpuQueue& queue, Token& token, Request request, const Here& here) {
+GPUNVME_DEVICE inline Fate submit(const GpuQueue& queue, Token& token, const Request& request, const Here& here) {
   const WarpQueue pair(queue.pair);
   token.deadline = now_ns() + queue.timeout_ns;
-  if (request.prp1 == 0) {
-    const std::uint64_t nbytes = std::uint64_t{request.blocks} * queue.block_bytes;
-    const std::uint64_t* const pages = queue.pages + std::uint64_t{token.slot} * queue.pages_per_slot;
-    request.prp1 = pages[0];
-    if (nbytes > queue.page_bytes)
-      request.prp2 = nbytes > 2 * std::uint64_t{queue.page_bytes} ? queue.lists[token.slot] : pages[1];
-  }
-  const IoCommand command{request.opcode, queue.nsid, request.prp1, request.prp2, request.lba, request.blocks - 1};
+  const IoCommand command = command_of(queue, token.slot, request);
   for (;;) {
     const auto lanes = here();
     const Submitted submitted = pair.submit(lanes, token.slot, command, token.cid);
-    if (submitted == Submitted::kOk) return Fate::kDone;
+    if (GPUNVME_USUALLY(submitted == Submitted::kOk)) return Fate::kDone;
     // The SQ is full of commands that were fetched long ago, or the controller fetches none.
     bool busy = false;
     const bool moved = submitted == Submitted::kFull && pair.reap(lanes, kPatience, busy) != 0;
@@ -148,18 +153,13 @@ GPUNVME_DEVICE inline Fate submit(const GpuQueue& queue, Token& token, Request r
   }
 }
 
-// Reaps for everybody on the queue, if nobody is about it; whether there was anything. `seen` as WarpQueue::reap has
-// it.
-template <typename Group, typename Seen>
-GPUNVME_DEVICE inline bool reap(const GpuQueue& queue, const Group& lanes, const Seen& seen) {
-  bool busy = false;
-  const bool any = WarpQueue(queue.pair).reap(lanes, kPatience, busy, seen) != 0;
-  if (busy) pause();
-  return any;
-}
+// Reaps for everybody on the queue, if nobody is about it; whether there was anything.
 template <typename Group>
 GPUNVME_DEVICE inline bool reap(const GpuQueue& queue, const Group& lanes) {
-  return reap(queue, lanes, [](std::uint64_t, std::uint32_t) {});
+  bool busy = false;
+  const bool any = WarpQueue(queue.pair).reap(lanes, kPatience, busy) != 0;
+  if (GPUNVME_SELDOM(busy)) pause();
+  return any;
 }
 
 }  // namespace detail
@@ -184,7 +184,7 @@ GPUNVME_DEVICE inline bool reap(const GpuQueue& queue) { return detail::reap(que
 // done its data() is there until finish(). Otherwise the token has no slot any more. Reaps nothing itself.
 GPUNVME_DEVICE inline bool poll(const GpuQueue& queue, Token& token, Outcome& outcome) {
   outcome.cid = token.cid;
-  if (WarpQueue(queue.pair).is_done(token.slot, token.cid, outcome.status)) {
+  if (GPUNVME_USUALLY(WarpQueue(queue.pair).is_done(token.slot, token.cid, outcome.status))) {
     outcome.fate = Fate::kDone;
     return true;
   }
@@ -307,9 +307,10 @@ inline constexpr std::uint32_t kBatch = 8;
 // Moves pieces, one in flight for each lane that has some. New commands are sent when `batch` lanes want to, or nothing
 // else is left to wait for: they share a reservation and a doorbell. `next(piece)` says what the calling lane moves
 // next, or false if nothing is left for it. `ended(piece, outcome)` hears how each ended, from the lane that moved it.
+// The first piece was tried `tried` times before.
 template <typename Next, typename Ended>
 __device__ void warp_move(const GpuQueue& where, std::uint32_t opcode, std::uint32_t batch, const Next& next,
-                          const Ended& ended) {
+                          const Ended& ended, std::uint32_t tried = 0) {
   const GpuQueue queue = where;  // in registers: see WarpQueue
   constexpr std::uint32_t kAll = 0xffffffff;
   const WarpQueue pair(queue.pair);
@@ -317,7 +318,7 @@ __device__ void warp_move(const GpuQueue& where, std::uint32_t opcode, std::uint
   Token token;
   Piece piece{};
   Outcome outcome{};
-  std::uint32_t tries = 0;
+  std::uint32_t tries = tried;
   std::uint64_t give_up = now_ns() + queue.timeout_ns;
   bool has_piece = next(piece);
   bool submitted = false;
@@ -395,101 +396,60 @@ __device__ void warp_move(const GpuQueue& where, std::uint32_t opcode, std::uint
 
 namespace detail {
 
-// Up to 4 KiB in the registers of a warp, between loading and storing. Both sides and the size are aligned to 16 bytes.
-class Held {
- public:
-  static constexpr std::uint64_t kMost = 4096;
-
-  __device__ static bool takes(const void* to, const void* from, std::uint64_t nbytes) {
-    return nbytes <= kMost &&
-           ((reinterpret_cast<std::uint64_t>(to) | reinterpret_cast<std::uint64_t>(from) | nbytes) & 15) == 0;
-  }
-  // All loads are on their way at once: PCIe is far.
-  __device__ void load(const void* from, std::uint64_t nbytes, std::uint32_t lane) {
-#pragma unroll
-    for (std::uint32_t i = 0; i < kPieces; ++i) {
-      if ((i * 32 + lane) * 16 < nbytes) pieces_[i] = static_cast<const uint4*>(from)[i * 32 + lane];
-    }
-  }
-  __device__ void store(void* to, std::uint64_t nbytes, std::uint32_t lane) const {
-#pragma unroll
-    for (std::uint32_t i = 0; i < kPieces; ++i) {
-      if ((i * 32 + lane) * 16 < nbytes) static_cast<uint4*>(to)[i * 32 + lane] = pieces_[i];
-    }
-  }
-
- private:
-  static constexpr std::uint32_t kPieces = kMost / 32 / 16;
-  uint4 pieces_[kPieces];
-};
-
-// A transfer that takes one command: one lane sends it, all look for completions, and all copy.
-__device__ inline Outcome warp_command(const GpuQueue& where, std::uint32_t opcode, std::uint64_t lba,
-                                       std::uint32_t blocks, unsigned char* memory) {
-  const GpuQueue queue = where;  // in registers: see WarpQueue
+// A transfer that takes one command, tried once, in as few instructions as can be: one lane sends it, all look for
+// completions, and all copy. False if that is not the end of it, and warp_move has to do it: there is no slot or no
+// room, the queue was stopped, or the command may be repeated.
+__device__ inline bool warp_command(const GpuQueue& queue, std::uint32_t opcode, std::uint64_t lba,
+                                    std::uint32_t blocks, unsigned char* memory, Outcome& outcome) {
   const WarpQueue pair(queue.pair);
   const Warp warp;
   const std::uint64_t nbytes = std::uint64_t{blocks} * queue.block_bytes;
-  for (std::uint32_t tries = 1;; ++tries) {
-    Outcome outcome{Fate::kDone, 0, 0};
-    Token token;  // the first lane's
-    for (const std::uint64_t give_up = now_ns() + queue.timeout_ns;;) {
-      if (warp.leads() && !claim(queue, token, Alone())) {
-        outcome.fate = pair.stopped() ? Fate::kStopped : now_ns() > give_up ? Fate::kFull : Fate::kDone;
-      }
-      token.slot = warp.leaders(token.slot);
-      if (token.has_slot()) break;
-      outcome.fate = static_cast<Fate>(warp.leaders(static_cast<std::uint32_t>(outcome.fate)));
-      if (outcome.fate != Fate::kDone) return outcome;
-      reap(queue, warp);
-    }
-    const std::uint32_t slot = token.slot;
-    unsigned char* const buffer = data(queue, token);
-    if (opcode == kWrite) {
-      copy(buffer, memory, nbytes, warp.rank(), warp.count());
-      warp.meet();
-    }
-    if (warp.leads()) outcome.fate = submit(queue, token, {opcode, blocks, lba}, [] { return Alone(); });
-    // What the CQE says is there is on its way across PCIe while the command is finished, and used if it was.
-    Held held;
-    bool has_held = false;
-    const bool may_hold = opcode == kRead && Held::takes(memory, buffer, nbytes);
-    const std::uint16_t cid = warp.leaders(std::uint32_t{token.cid});
-    const auto seen = [&](std::uint64_t tag, std::uint32_t found) {
-      const bool mine = warp.rank() < found && WarpQueue::cid_of(tag) == cid && WarpQueue::status_of(tag) == 0;
-      if (!may_hold || has_held || !warp.any(mine)) return;
-      held.load(buffer, nbytes, warp.rank());
-      has_held = true;
-    };
-    bool waits = warp.any(warp.leads() && outcome.fate == Fate::kDone);
-    while (waits) {
-      reap(queue, warp, seen);
-      waits = warp.any(warp.leads() && !poll(queue, token, outcome));
-    }
-    const std::uint64_t word = warp.leaders(static_cast<std::uint64_t>(outcome.fate) << 32 |
-                                            std::uint32_t{outcome.cid} << 16 | outcome.status);
-    outcome = {static_cast<Fate>(word >> 32), static_cast<std::uint16_t>(word), static_cast<std::uint16_t>(word >> 16)};
-    const bool is_read = opcode == kRead && outcome.ok();
-    if (is_read && !has_held) copy(memory, buffer, nbytes, warp.rank(), warp.count());
-    warp.meet();  // all have read the buffer
-    if (outcome.fate == Fate::kDone && warp.leads()) pair.release(slot, cid);
-    // Behind the release, whose fence need not wait for it.
-    if (is_read && has_held) held.store(memory, nbytes, warp.rank());
-    warp.meet();  // what any of them has written, all see
-    if (!outcome.may_retry() || tries >= kTries) return outcome;
+  Token token;  // the first lane's
+  if (warp.leads()) claim(queue, token, Alone());
+  const std::uint32_t slot = token.slot = warp.leaders(token.slot);
+  if (!token.has_slot()) return false;
+  unsigned char* const buffer = data(queue, token);
+  if (opcode == kWrite) {
+    copy(buffer, memory, nbytes, warp.rank(), warp.count());
+    warp.meet();
   }
+  bool waits = false;
+  if (warp.leads()) {
+    token.deadline = now_ns() + queue.timeout_ns;
+    const IoCommand command = command_of(queue, slot, {opcode, blocks, lba});
+    waits = pair.submit(Alone(), slot, command, token.cid) == Submitted::kOk;
+    if (!waits) pair.release(slot);
+  }
+  waits = warp.any(waits);
+  if (!waits) return false;
+  while (waits) {
+    reap(queue, warp);
+    waits = warp.any(warp.leads() && !poll(queue, token, outcome));
+  }
+  const std::uint64_t word =
+      warp.leaders(static_cast<std::uint64_t>(outcome.fate) << 32 | std::uint32_t{outcome.cid} << 16 | outcome.status);
+  outcome = {static_cast<Fate>(word >> 32), static_cast<std::uint16_t>(word), static_cast<std::uint16_t>(word >> 16)};
+  if (opcode == kRead && outcome.ok()) copy(memory, buffer, nbytes, warp.rank(), warp.count());
+  warp.meet();  // all have read the buffer, and what any of them has written, all see
+  if (outcome.fate == Fate::kDone && warp.leads()) pair.release(slot, token.cid);
+  return !outcome.may_retry();
 }
 
 // Large transfers by a warp: lane 0 takes the first piece, lane 1 the second …; the first thing that went wrong.
-__device__ inline Outcome warp_transfer(const GpuQueue& queue, std::uint32_t opcode, std::uint64_t lba,
+__device__ inline Outcome warp_transfer(const GpuQueue& where, std::uint32_t opcode, std::uint64_t lba,
                                         std::uint64_t blocks, unsigned char* memory, std::uint32_t warp,
                                         std::uint32_t warps) {
+  const GpuQueue queue = where;  // in registers: see WarpQueue
   Outcome worst{Fate::kDone, 0, 0};
   if (!in_range(queue, lba, blocks)) return {Fate::kDone, kOutOfRange, 0};
   const std::uint64_t step = queue.max_blocks;
+  std::uint32_t tried = 0;
   if (blocks <= step) {
     if (warp != 0 || blocks == 0) return worst;
-    return warp_command(queue, opcode, lba, static_cast<std::uint32_t>(blocks), memory);
+    if (GPUNVME_USUALLY(warp_command(queue, opcode, lba, static_cast<std::uint32_t>(blocks), memory, worst)))
+      return worst;
+    tried = worst.ok() ? 0 : 1;
+    worst = {Fate::kDone, 0, 0};
   }
   std::uint64_t at = (std::uint64_t{warp} * 32 + threadIdx.x % 32) * step;
   const auto next = [&](Piece& piece) {
@@ -502,7 +462,7 @@ __device__ inline Outcome warp_transfer(const GpuQueue& queue, std::uint32_t opc
   const auto ended = [&](const Piece&, const Outcome& outcome) {
     if (!outcome.ok()) worst = outcome;
   };
-  warp_move(queue, opcode, kBatch, next, ended);
+  warp_move(queue, opcode, kBatch, next, ended, tried);
   const std::uint32_t bad = __ballot_sync(0xffffffff, !worst.ok());
   if (bad != 0) {
     const int whose = __ffs(static_cast<int>(bad)) - 1;

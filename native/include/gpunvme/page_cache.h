@@ -111,6 +111,34 @@ GPUNVME_DEVICE inline bool look_up(const PageFrames& frames, const Lanes& lanes,
   return then(same, frame);
 }
 
+// For look_up(): the line stays pinned. (These are no lambdas: NVRTC wants to be told what generic ones are for.)
+struct Keep {
+  std::uint32_t& kept;
+
+  template <typename Group>
+  GPUNVME_DEVICE bool operator()(const Group&, std::uint32_t frame) const {
+    kept = frame;
+    return frame != PageFrames::kNoFrame;
+  }
+};
+
+// The same: an element at `offset` of the line is copied, and the line let go.
+template <typename T>
+struct Copy {
+  const PageFrames& frames;
+  std::uint64_t offset;
+  T& value;
+
+  template <typename Group>
+  GPUNVME_DEVICE bool operator()(const Group& same, std::uint32_t frame) const {
+    if (frame == PageFrames::kNoFrame) return false;
+    value = *reinterpret_cast<const T*>(frames.data(frame) + offset);
+    same.meet();  // all have read
+    if (same.leads()) frames.unpin(frame, same.count());
+    return true;
+  }
+};
+
 // A line that the calling lane has pinned, or why not.
 struct Pinned {
   std::uint64_t failure;
@@ -126,10 +154,7 @@ GPUNVME_DEVICE GPUNVME_NOINLINE inline Pinned pin_line(const PageCache* cache, c
   const PageFrames frames = cache->frames;
   const Lanes lanes = Lanes::here();
   Pinned pinned{0, PageFrames::kNoFrame, false};
-  pinned.was_there = look_up(frames, lanes, wants, at >> frames.line_shift(), [&](const auto&, std::uint32_t frame) {
-    pinned.frame = frame;
-    return frame != PageFrames::kNoFrame;
-  });
+  pinned.was_there = look_up(frames, lanes, wants, at >> frames.line_shift(), Keep{pinned.frame});
   const bool missing = wants && !pinned.was_there;
   if (!lanes.any(missing)) return pinned;
   const Got got = bring(cache, lanes, missing, at, 1, true);
@@ -281,16 +306,12 @@ class CachedArray {
   // An element if it is in memory now, for all lanes that are here, each with an index of its own.
   GPUNVME_DEVICE bool look_up(const Lanes& lanes, std::uint64_t index, T& value) const {
     const std::uint64_t at = index * sizeof(T);
-    return detail::look_up(frames_, lanes, index < size_, at >> frames_.line_shift(),
-                           [&](const auto& same, std::uint32_t frame) {
-                             if (frame == PageFrames::kNoFrame) return false;
-                             ++hits_;
-                             const std::uint64_t offset = at & ((std::uint64_t{1} << frames_.line_shift()) - 1);
-                             value = *reinterpret_cast<const T*>(frames_.data(frame) + offset);
-                             same.meet();  // all have read
-                             if (same.leads()) frames_.unpin(frame, same.count());
-                             return true;
-                           });
+    const std::uint32_t shift = frames_.line_shift();
+    const std::uint64_t offset = at & ((std::uint64_t{1} << shift) - 1);
+    const bool found =
+        detail::look_up(frames_, lanes, index < size_, at >> shift, detail::Copy<T>{frames_, offset, value});
+    if (found) ++hits_;
+    return found;
   }
 
   // The same, from the drive if need be; what went wrong, or 0.

@@ -38,7 +38,7 @@ class WarpQueue {
     const std::uint32_t slot = any_number_below(pair_.shape_.slots);
     const std::uint32_t bit = 1u << slot % 32;
     // Taken without a look, which would take as long: most often it is free. Acquire: as below.
-    if ((Near(pair_.free_[slot / 32]).and_acquire(~bit) & bit) != 0) return slot;
+    if (GPUNVME_USUALLY((Near(pair_.free_[slot / 32]).and_acquire(~bit) & bit) != 0)) return slot;
     return claim_any(alone, slot);
   }
 
@@ -70,44 +70,42 @@ class WarpQueue {
     std::uint32_t result = 0;
     if (lanes.leads()) result = static_cast<std::uint32_t>(reserve(lanes.count(), place));
     const auto reserved = static_cast<Submitted>(lanes.leaders(result));
-    const bool is_ringer = lanes.leaders(static_cast<std::uint32_t>(place.rings)) != 0;
-    place.rung = lanes.leaders(place.rung);
-    if (reserved != Submitted::kOk) {
-      if (is_ringer) ring_for_all(lanes, place.rung, place.rung);
-      return reserved;
+    bool is_ringer = lanes.leaders(static_cast<std::uint32_t>(place.rings)) != 0;
+    std::uint64_t rung = lanes.leaders(place.rung);
+    std::uint64_t told = rung;
+    if (GPUNVME_USUALLY(reserved == Submitted::kOk)) {
+      const std::uint64_t first = lanes.leaders(place.first);
+      const std::uint64_t ticket = first + lanes.rank();
+      Near(pair_.slots_[slot].ticket).store_relaxed(ticket);
+      Near(pair_.slots_[slot].word).store_relaxed(QueuePair::word_of(QueuePair::kPending, cid));
+      write_entries(lanes, first, command, cid);
+      lanes.meet();  // lanes wrote parts of each other's entries
+      Near written(pair_.written_[pair_.position(ticket)]);
+      if (is_ringer) {
+        // Relaxed: only who rings looks at marks, which is this group. Whoever rings later comes to know of the entry
+        // by `ringers`; the controller by the fence before the doorbell.
+        written.store_relaxed(QueuePair::mark(ticket));
+        // Its own entries need no look where they are the next to be told of.
+        if (rung == first) told = first + lanes.count();
+      } else {
+        // Release: whoever rings for this entry sees it written, and the slot pending.
+        written.store_release(QueuePair::mark(ticket));
+        lanes.meet();
+        std::uint32_t others = 0;
+        if (lanes.leads()) others = Near(pair_.state_->ringers).add(1);
+        is_ringer = lanes.leaders(others) == 0;
+        if (is_ringer) told = rung = lanes.leaders(lanes.leads() ? Near(pair_.state_->rung).load_relaxed() : 0);
+      }
     }
-    const std::uint64_t first = lanes.leaders(place.first);
-    const std::uint64_t ticket = first + lanes.rank();
-    Near(pair_.slots_[slot].ticket).store_relaxed(ticket);
-    Near(pair_.slots_[slot].word).store_relaxed(QueuePair::word_of(QueuePair::kPending, cid));
-    write_entries(lanes, first, command, cid);
-    lanes.meet();  // lanes wrote parts of each other's entries
-    Near written(pair_.written_[pair_.position(ticket)]);
-    if (is_ringer) {
-      // Relaxed: only who rings looks at marks, which is this group. Whoever rings later comes to know of the entry by
-      // `ringers`; the controller by the fence before the doorbell.
-      written.store_relaxed(QueuePair::mark(ticket));
-      // Its own entries need no look where they are the next to be told of.
-      ring_for_all(lanes, place.rung, place.rung == first ? first + lanes.count() : place.rung);
-      return Submitted::kOk;
-    }
-    // Release: whoever rings for this entry sees it written, and the slot pending.
-    written.store_release(QueuePair::mark(ticket));
-    lanes.meet();
-    std::uint32_t others = 0;
-    if (lanes.leads()) others = Near(pair_.state_->ringers).add(1);
-    if (lanes.leaders(others) != 0) return Submitted::kOk;
-    const std::uint64_t rung = lanes.leaders(lanes.leads() ? Near(pair_.state_->rung).load_relaxed() : 0);
-    ring_for_all(lanes, rung, rung);
-    return Submitted::kOk;
+    if (is_ringer) ring_for_all(lanes, rung, told);
+    return reserved;
   }
 
   // Looks for new CQEs, as many as there are lanes at a time, and finishes the commands that they name; how many it
   // found. Nothing if another warp is about it, which `busy` tells. Looks `patience` times before it gives up.
   // DW0 is not read: it says nothing about reads and writes, and would cost a second way across PCIe.
-  // `seen(tag, found)`, which all lanes call, is told before anybody else what the first `found` lanes' CQEs say.
-  template <typename Group, typename Seen>
-  GPUNVME_DEVICE std::uint32_t reap(const Group& lanes, std::uint32_t patience, bool& busy, const Seen& seen) const {
+  template <typename Group>
+  GPUNVME_DEVICE std::uint32_t reap(const Group& lanes, std::uint32_t patience, bool& busy) const {
     Near reaper(pair_.state_->reaper);
     std::uint64_t was = QueuePair::kReaping;
     if (lanes.leads()) {
@@ -118,7 +116,7 @@ class WarpQueue {
     }
     was = lanes.leaders(was);
     busy = (was & QueuePair::kReaping) != 0;
-    if (busy) return 0;
+    if (GPUNVME_SELDOM(busy)) return 0;
     lanes.meet();  // what the leader acquired, all have
     std::uint32_t next = QueuePair::next_of(was);
     std::uint32_t total = 0;
@@ -128,8 +126,6 @@ class WarpQueue {
       if (found != 0) {
         total += found;
         next = advanced(next, found);
-        lanes.meet();  // what each acquired, all have
-        seen(tag, found);
         finish(lanes, tag, found);
         if (found == lanes.count() && total < QueuePair::kBatch) continue;
       }
@@ -138,7 +134,7 @@ class WarpQueue {
     if (lanes.leads()) {
       // Unless the doorbell is rung, no fence is left to pay for: what this reaper did was published with the last
       // commands.
-      if (total != 0 && is_doorbell_due(next, total)) {
+      if (GPUNVME_SELDOM(total != 0 && is_doorbell_due(next, total))) {
         // After the entries were read: the controller may now write them anew.
         ring_doorbell(pair_.cq_doorbell_, next & ~QueuePair::kPhase);
         publish();  // the next reaper rings after this one
@@ -147,15 +143,6 @@ class WarpQueue {
     }
     return total;
   }
-
-  template <typename Group>
-  GPUNVME_DEVICE std::uint32_t reap(const Group& lanes, std::uint32_t patience, bool& busy) const {
-    return reap(lanes, patience, busy, [](std::uint64_t, std::uint32_t) {});
-  }
-
-  // What a CQE's tag says of a command.
-  GPUNVME_DEVICE static std::uint16_t cid_of(std::uint64_t tag) { return static_cast<std::uint16_t>(tag >> 32); }
-  GPUNVME_DEVICE static std::uint16_t status_of(std::uint64_t tag) { return static_cast<std::uint16_t>(tag >> 49); }
 
   // Whether the command is done, and its status. The slot, and the buffer that goes with it, stay the caller's until
   // release().
@@ -223,10 +210,10 @@ class WarpQueue {
     place.first = reserved.load_relaxed();
     // Acquire: the controller has read the entries that will be overwritten.
     const std::uint64_t seen = Near(pair_.state_->head_seen).load_acquire();
-    if (is_stopped) return Submitted::kStopped;
-    if (!has_room(place.first + count - 1, seen)) return Submitted::kFull;
+    if (GPUNVME_SELDOM(is_stopped)) return Submitted::kStopped;
+    if (GPUNVME_SELDOM(!has_room(place.first + count - 1, seen))) return Submitted::kFull;
     // Relaxed: the tickets themselves say nothing; entries are published by their marks.
-    while (!reserved.compare_exchange_relaxed(place.first, place.first + count)) {
+    while (GPUNVME_SELDOM(!reserved.compare_exchange_relaxed(place.first, place.first + count))) {
       if (!has_room(place.first + count - 1, Near(pair_.state_->head_seen).load_acquire())) return Submitted::kFull;
     }
     return Submitted::kOk;
@@ -234,7 +221,7 @@ class WarpQueue {
 
   // Whether there is an entry for this ticket; `seen` is what was seen of the head.
   GPUNVME_DEVICE bool has_room(std::uint64_t ticket, std::uint64_t seen) const {
-    if (!pair_.is_full(ticket, seen)) return true;
+    if (GPUNVME_USUALLY(!pair_.is_full(ticket, seen))) return true;
     const std::uint64_t head = Near(pair_.state_->sq_head).load_acquire();
     Near(pair_.state_->head_seen).store_release(head);
     return !pair_.is_full(ticket, head);
@@ -260,7 +247,7 @@ class WarpQueue {
       // Acquire and release as in QueuePair::ring.
       if (lanes.leads()) came = Near(pair_.state_->ringers).subtract(served);
       came = lanes.leaders(came);
-      if (came == served) return;
+      if (GPUNVME_USUALLY(came == served)) return;
       served = came - served;
     }
   }
@@ -328,7 +315,7 @@ class WarpQueue {
       ticket += lanes.from(full, both);
       break;
     }
-    if (ticket == rung) return rung;
+    if (GPUNVME_SELDOM(ticket == rung)) return rung;
     // The entries are written: the leader's fence, in ring_doorbell(), is for what it has seen itself.
     if (lanes.count() > 1) publish();
     lanes.meet();
@@ -371,7 +358,7 @@ class WarpQueue {
   template <typename Group>
   GPUNVME_DEVICE void finish(const Group& lanes, std::uint64_t tag, std::uint32_t found) const {
     QueuePair::State& state = *pair_.state_;
-    const std::uint16_t cid = cid_of(tag);
+    const auto cid = static_cast<std::uint16_t>(tag >> 32);
     const std::uint32_t number = pair_.slot_of(cid);
     const bool mine = lanes.rank() < found;
     const bool known = mine && number < pair_.shape_.slots &&
@@ -388,6 +375,7 @@ class WarpQueue {
       if (seen == pending || seen == given_up) head = head_after(ticket, tag, rung, bad_head);
     }
     head = lanes.largest(head, found);
+    lanes.meet();
     // What the CQEs told: data is there, SQ entries were read.
     publish();
     if (lanes.leads() && head != 0) Near(state.sq_head).raise_published(head);
@@ -395,12 +383,11 @@ class WarpQueue {
     bool late = false;
     if (known) {
       // Whoever sees the slot done sees the data. Of two CQEs with one CID, one wins.
-      const std::uint64_t done = QueuePair::word_of(QueuePair::kDone, cid) | std::uint64_t{status_of(tag)}
-                                                                                 << QueuePair::kStatusShift;
+      const std::uint64_t done = QueuePair::word_of(QueuePair::kDone, cid) | (tag >> 49) << QueuePair::kStatusShift;
       completed = seen == pending && Near(pair_.slots_[number].word).compare_exchange_published(seen, done);
       late = !completed && seen != given_up &&
              static_cast<std::uint32_t>(seen >> QueuePair::kCidShift) >> pair_.slot_bits_ != pair_.last_generation();
-      if (seen == given_up) {
+      if (GPUNVME_SELDOM(seen == given_up)) {
         // Given up, but now the controller is finished with it: the slot is free again, by one CQE only.
         late = true;
         const std::uint64_t free = QueuePair::word_of(QueuePair::kFree, cid);
@@ -414,7 +401,7 @@ class WarpQueue {
     const std::uint32_t lates = lanes.how_many(late);
     const std::uint32_t bad_heads = lanes.how_many(bad_head);
     if (!lanes.leads()) return;
-    count(state.completed, completions);
+    if (completions != 0) Near(state.completed).add_relaxed(completions);
     count(state.late, lates);
     count(state.unknown, found - completions - lates);
     count(state.bad_head, bad_heads);
@@ -435,7 +422,7 @@ class WarpQueue {
   }
 
   GPUNVME_DEVICE static void count(Atomic<std::uint64_t>& counter, std::uint32_t more) {
-    if (more != 0) Near(counter).add_relaxed(more);
+    if (GPUNVME_SELDOM(more != 0)) Near(counter).add_relaxed(more);
   }
 
   // A copy: in registers. Every acquire empties the L1 cache, and what lies in memory would have to be fetched again.
