@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gpunvme.errors import CudaError
 from gpunvme.gpu.arguments import warp_shape
 from gpunvme.gpu.cache_memory import CHUNK, CacheMemory
 from gpunvme.memory import address_of
@@ -90,9 +89,6 @@ class CacheGathers:
 
     def free(self) -> None:
         """Give everything back: nothing of it is used any more."""
-        try:
-            self._free_indices()
-        except CudaError:
-            pass  # a kernel failed, and with it the whole context: the driver has taken everything
+        self._free_indices()
         self._queues._set.running.ended(self._event)
         self._gpu.destroy(event=self._event)

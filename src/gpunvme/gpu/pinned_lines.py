@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gpunvme.errors import CudaError, NvmeError
+from gpunvme.errors import NvmeError
 from gpunvme.gpu.cache_memory import CacheMemory
 from gpunvme.gpu.driver import Gpu
 
@@ -89,8 +89,5 @@ class PinnedLines:
     def free(self) -> None:
         """Free what belongs to pins; the cache is no more."""
         times, self._times = self._times, {}
-        try:
-            for _, flags in times.values():
-                self._gpu.free(flags)
-        except CudaError:
-            pass  # the driver has taken everything
+        for _, flags in times.values():
+            self._gpu.free(flags)
