@@ -167,7 +167,7 @@ class QueueMemory:
                 self._keep.callback(completions.close)
                 self.entries.append((submissions, completions))
                 memory = submissions.memory, completions.memory
-                transport, command = controller.transport, controller._command
+                transport, command = controller.transport, controller.command
                 self.pairs.append(QueuePair(queue_id, depth, transport, command, page, memory))
                 buffers = Buffers(shared, page, slots, slot_bytes)
                 self._keep.callback(buffers.close)
