@@ -14,7 +14,9 @@ bool small_read(const SourceFile& file, std::uint64_t offset, std::uint64_t nbyt
   if (residency(file, offset, nbytes) != Residency::kAll) return false;
   alignas(64) std::uint8_t staged[kMostSmallBytes];
   const iovec vector{device == kHost ? reinterpret_cast<void*>(address) : staged, nbytes};
-  if (preadv2(file.fd(), &vector, 1, static_cast<off_t>(offset), RWF_NOWAIT) != static_cast<ssize_t>(nbytes)) {
+  // tmpfs knows no RWF_NOWAIT, and no drive that could be waited for.
+  const int flags = file.in_memory() ? 0 : RWF_NOWAIT;
+  if (preadv2(file.fd(), &vector, 1, static_cast<off_t>(offset), flags) != static_cast<ssize_t>(nbytes)) {
     return false;
   }
   if (device == kHost || nbytes == 0) return true;

@@ -13,6 +13,7 @@
 #include "backend.h"
 #include "failure.h"
 #include "hot_regions.h"
+#include "page_cache.h"
 
 namespace gpunvme::soft {
 namespace {
@@ -60,6 +61,8 @@ class FileBackend : public Backend {
     size_ = size;
     identity_ = identity;
     read_only_ = read_only;
+    // tmpfs knows no RWF_NOWAIT, and no drive that could be waited for but for what is swapped out.
+    cached_flags_ = is_in_memory(fd) ? 0 : RWF_NOWAIT;
     hot_ = HotRegions::of(fd, size);
   }
   ~FileBackend() override { close(); }
@@ -114,7 +117,7 @@ class FileBackend : public Backend {
   std::uint64_t read_cached(const iovec* segments, std::size_t count, std::uint64_t offset,
                             std::uint64_t nbytes) override {
     const int number = static_cast<int>(std::min<std::size_t>(count, IOV_MAX));
-    const ssize_t got = preadv2(fd_, segments, number, static_cast<off_t>(offset), RWF_NOWAIT);
+    const ssize_t got = preadv2(fd_, segments, number, static_cast<off_t>(offset), cached_flags_);
     if (hot_ != nullptr && got == static_cast<ssize_t>(nbytes)) hot_->count_hit(offset, nbytes);
     return got > 0 ? static_cast<std::uint64_t>(got) : 0;
   }
@@ -140,6 +143,7 @@ class FileBackend : public Backend {
     return 0;
   }
 
+  int cached_flags_;
   std::unique_ptr<HotRegions> hot_;
   // Opened apart from the one that io_uring knows: the kernel lets go of rings some time after their process has ended,
   // and the lock would be held until then.

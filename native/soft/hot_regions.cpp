@@ -28,7 +28,6 @@ std::unique_ptr<HotRegions> HotRegions::of(int fd, std::uint64_t nbytes) {
 
 HotRegions::HotRegions(int fd, std::unique_ptr<FileMapping> mapping)
     : fd_(fd),
-      in_memory_(is_in_memory(fd)),
       mapping_(std::move(mapping)),
       seen_(std::make_unique<std::atomic<std::uint32_t>[]>(FileMapping::regions(mapping_->nbytes()))) {}
 
@@ -75,10 +74,17 @@ bool HotRegions::is_hot(std::uint64_t region) {
   return now_ms() - seen < kBelievedMs || look(region);
 }
 
-// Whether all of a region is in the page cache now.
+// Whether all of a region is in the page cache now. Files in memory are asked, too: reading a hole from a mapping of
+// theirs takes memory for it, for good.
+bool HotRegions::is_cached(std::uint64_t region) const {
+  constexpr bool kTakeForGranted = false;
+  return residency(fd_, kTakeForGranted, region * FileMapping::kRegion, mapping_->region_bytes(region)) ==
+         Residency::kAll;
+}
+
 bool HotRegions::look(std::uint64_t region) {
   const std::uint32_t now = now_ms();
-  if (residency(fd_, in_memory_, region * FileMapping::kRegion, mapping_->region_bytes(region)) != Residency::kAll) {
+  if (!is_cached(region)) {
     cool(region);
     return false;
   }
@@ -98,8 +104,7 @@ void HotRegions::count_hit(std::uint64_t offset, std::uint64_t nbytes) {
     if (seen_[region].load(std::memory_order_relaxed) != 0) continue;
     if (!mapping_->count_hit(region, FileMapping::kDenseHits)) continue;
     // Asked first, for populating reads what is not there, and the queue would wait.
-    if (!in_memory_ &&
-        residency(fd_, false, region * FileMapping::kRegion, mapping_->region_bytes(region)) != Residency::kAll) {
+    if (!is_cached(region)) {
       mapping_->forget(region);
       continue;
     }

@@ -34,12 +34,12 @@ class HotRegions {
  private:
   HotRegions(int fd, std::unique_ptr<FileMapping> mapping);
   bool is_hot(std::uint64_t region);
+  bool is_cached(std::uint64_t region) const;
   bool look(std::uint64_t region);
   void cool(std::uint64_t region);
   bool has_been_cut(const iovec* segments, std::size_t count, std::uint64_t end) const;
 
   const int fd_;
-  const bool in_memory_;
   const std::unique_ptr<FileMapping> mapping_;
   // Of each region: the time, in milliseconds, at which all of it was in the page cache; 0: it is not copied from.
   const std::unique_ptr<std::atomic<std::uint32_t>[]> seen_;

@@ -14,8 +14,8 @@ namespace testing {
 
 // A directory of this test's own, on a disk as a rule.
 struct Directory {
-  Directory() {
-    std::string name = (std::filesystem::temp_directory_path() / "soft-image-XXXXXX").string();
+  explicit Directory(const std::filesystem::path& in = std::filesystem::temp_directory_path()) {
+    std::string name = (in / "soft-image-XXXXXX").string();
     CHECK(mkdtemp(name.data()) != nullptr);
     path = name;
   }

@@ -111,7 +111,11 @@ class PathError(Error):
 
 
 class CudaError(Error):
-    """A CUDA call failed, or CUDA cannot be used here; the message says why."""
+    """A CUDA call failed, or CUDA cannot be used here; the message says why. ``code`` is its CUresult, or None."""
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class CufileError(Error):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import runpy
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,9 @@ class Machine:
 
     def inject(self, faults: str) -> None:
         self.controller.transport.controller.inject(faults, 1)
+
+    def commands(self) -> int:
+        return int(self.controller.transport.controller.stats()["commands"])
 
 
 @contextlib.contextmanager
@@ -151,6 +156,57 @@ def test_a_pin_that_fails_pins_nothing() -> None:
         m.inject("")
         array.clear()
         array.pin(7 * 512, 7 * 512)
+
+
+def test_nothing_is_allocated_while_a_kernel_of_the_queues_runs() -> None:
+    """CUDA may let it wait for the kernel, and what the kernel waits for behind it: the emulated GPU aborts."""
+    with machine() as m:
+        array = m.queues.cached_array(np.uint64, capacity_bytes=64 * LINE)
+        lbas = np.arange(0, 640, 10)
+        rows, out = Buffer.empty(len(lbas) * BLOCK, GPU), Buffer.empty(4096 * 8, GPU)
+        indices = np.arange(0, array.size, array.size // 4096)
+        others: list[CachedArray] = []
+        m.inject("slow:30")
+        for use in (
+            lambda: array.gather(indices[:10], out),
+            lambda: array.gather(indices[:4000], out),
+            lambda: array.pin(0, 512),
+            lambda: array.unpin(0, 512),
+            lambda: others.append(m.queues.cached_array(np.uint64, capacity_bytes=64 * LINE)),
+        ):
+            before = m.commands()
+            transfer = m.queues.gather(lbas, rows, wait=False)
+            deadline = time.monotonic() + 30
+            while m.commands() == before:
+                assert time.monotonic() < deadline, "the kernel does not begin"
+                time.sleep(0.001)
+            use()
+            transfer.wait(30)
+        assert (out.numpy().view(np.uint64)[:4000] == WORDS[indices[:4000]]).all()
+        found = rows.numpy().view(np.uint64).reshape(len(lbas), -1)
+        assert (found == WORDS.reshape(-1, BLOCK // 8)[lbas]).all()
+        assert others[0].stats()["loads"] == 0
+
+
+def test_nothing_is_launched_while_memory_is_allocated() -> None:
+    with machine() as m:
+        first, second = (m.queues.cached_array(np.uint64, capacity_bytes=64 * LINE) for _ in range(2))
+        place, out, flags = Int64s(on_gpu(np.array([5]))), Buffer.empty(8, GPU), on_gpu(np.zeros(1, np.uint8))
+        m.inject("slow:200")
+        uses = [lambda: first.gather(place, out), lambda: second._run_pins("pin", 0, 1, flags.ptr)]
+        threads = [threading.Thread(target=use) for use in uses]
+
+        def allocate() -> None:
+            for thread in threads:
+                thread.start()
+            time.sleep(0.1)  # were anything launched now, it would be by then, and still run
+            m.queues.gpu.free_host(m.queues.gpu.allocate_host(4096)[0])
+
+        m.queues._moves.while_quiet(allocate)
+        for thread in threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in threads)
+        assert out.numpy().view(np.uint64)[0] == WORDS[5]
 
 
 # --- kernels of one's own

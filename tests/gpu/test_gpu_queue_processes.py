@@ -78,7 +78,10 @@ from gpunvme.memory import Buffer
 controller = nvme.open("soft:ram?size=1MiB&queues=8", queues=2)
 namespace = controller.namespace()
 queues = namespace.gpu_queues(0, count=2, depth=16)
+array = queues.cached_array("u1", capacity_bytes=1 << 20)
 out = Buffer.empty(512, "cuda:0")
+array.pin(0, 4096)
+array.gather([0], out, stream=0)
 trap = gpunvme.gpu.compile('extern "C" __global__ void run() { __trap(); }').kernel("run")
 trap.launch(1, 32, stream=0)
 try:
@@ -86,6 +89,7 @@ try:
 except gpunvme.CudaError as error:
     print("gather:", type(error).__name__)
 assert namespace.read(0, 8).nbytes == 4096  # the driver's own queues work on
+array.close()
 queues.close()
 controller.close()
 print("closed", flush=True)

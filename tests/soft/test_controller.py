@@ -152,6 +152,14 @@ def test_a_closed_controller_refuses_work():
             use()
 
 
+def test_a_controller_that_does_not_answer_is_closed_all_the_same(tmp_path):
+    uri = f"soft:{tmp_path / 'image'}?size=1MiB"
+    controller = nvme.open(uri, queues=2, admin_timeout=0.05)
+    controller.transport.controller.inject("slow:600000", 1)  # nothing is answered any more
+    controller.close()
+    nvme.open(uri).close()  # it has let go of the image
+
+
 def test_a_buffer_outlives_its_controller():
     with nvme.open("soft:ram?size=1MiB") as controller:
         buffer = controller.buffer(8192)

@@ -21,7 +21,7 @@ class Guest:
         self.controller = controller
         self.ids = controller.take_queue_ids(count)
         self.pairs = [
-            QueuePair(queue_id, 16, controller.transport, controller._command, controller.page_bytes)
+            QueuePair(queue_id, 16, controller.transport, controller.command, controller.page_bytes)
             for queue_id in self.ids
         ]
         self.told: list[str] = []

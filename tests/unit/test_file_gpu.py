@@ -14,13 +14,16 @@ import pytest
 import emulated_gpu_layers
 import emulated_gpu_path_cases
 import fake_gpu_cases
+import fake_gpu_driver_cases
 import fake_gpu_layers
 import fake_gpu_path_cases
 import own_process
 
+MODULES = [fake_gpu_cases, fake_gpu_driver_cases, fake_gpu_layers, fake_gpu_path_cases]
+MODULES += [emulated_gpu_path_cases, emulated_gpu_layers]
 CASES = [
     pytest.param(module, name, id=name)
-    for module in (fake_gpu_cases, fake_gpu_layers, fake_gpu_path_cases, emulated_gpu_path_cases, emulated_gpu_layers)
+    for module in MODULES
     for name in sorted(vars(module))
     if name.startswith("test_")
 ]

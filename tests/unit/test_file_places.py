@@ -69,6 +69,15 @@ def test_tmpfs(in_memory: Path) -> None:
     assert counts == f"{5 * MIB + 321 + 13} 0 0"
 
 
+def test_a_little_of_a_file_in_memory_is_copied_at_once(in_memory: Path) -> None:
+    """As a transfer it takes four times the processor's time."""
+    data = files.make(in_memory / "file", 100_000)
+    with gpunvme.open(in_memory / "file") as file:
+        assert file.read(1001, 4096).numpy().tobytes() == data[1001:5097]
+        assert file.last_transfer is not None
+        assert "by the calling thread" in file.last_transfer.reason
+
+
 def test_holes_in_tmpfs_are_zeros(in_memory: Path) -> None:
     path = in_memory / "sparse"
     with path.open("wb") as sparse:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gpunvme import _native
 from gpunvme.errors import ControllerError
 from gpunvme.nvme import identify, logs, spec, status
-from gpunvme.nvme.structure import Structure
+from gpunvme.nvme.spec.layout import Layout, Structure
 
 HEADERS = Path(__file__).parents[2] / "native" / "include" / "gpunvme"
 ENUMS = [
@@ -36,9 +36,11 @@ NUMBERS += ["RW_BLOCKS_MOST", "DSM_RANGES_MOST"]
 def python_layout() -> dict[str, tuple[int, int]]:
     table = {f"{enum.__name__}.{name}": (int(member), 0) for enum in ENUMS for name, member in enum.__members__.items()}
     table |= {f"spec.{name}": (getattr(spec, name), 0) for name in NUMBERS}
-    table |= {f"{cls.__name__}.{name}": place for cls in BITS for name, place in cls.BITS.items()}
+    table |= {f"{cls.__name__}.{name}": place[:2] for cls in BITS for name, place in cls.PLACES.items()}
     for cls in STRUCTURES:
-        table |= {f"{cls.__name__}.{name}": (offset, size) for name, offset, size in cls.layout()}
+        for name, (low, width, _) in cls.PLACES.items():
+            assert low % 8 == width % 8 == 0, name
+            table[f"{cls.__name__}.{name}"] = low // 8, width // 8
         table["size." + re.sub("(?<=[a-z])(?=[A-Z])", "_", cls.__name__).upper()] = (cls.SIZE, 0)
     for i in range(16):
         table[f"doorbells.{i}"] = (spec.sq_tail_doorbell(3, i), spec.cq_head_doorbell(3, i))
@@ -120,13 +122,14 @@ def test_a_field_without_a_default_must_be_said() -> None:
         spec.Cap()  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("cls", [*BITS, *SHOWN])
-def test_no_two_fields_of_a_register_overlap(cls: type[spec.Cap]) -> None:
+@pytest.mark.parametrize("cls", [*BITS, *SHOWN, *STRUCTURES])
+def test_no_two_fields_overlap(cls: type[Layout]) -> None:
     taken = 0
-    for name, (low, width) in cls.BITS.items():
+    for name, (low, width, _) in cls.PLACES.items():
         field = (1 << width) - 1 << low
         assert not taken & field, name
         taken |= field
+    assert taken.bit_length() <= 8 * getattr(cls, "SIZE", 8)
 
 
 def test_what_registers_mean() -> None:

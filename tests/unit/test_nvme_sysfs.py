@@ -49,6 +49,14 @@ def test_what_is_no_address_is_refused(text: str) -> None:
         parse_bdf(text)
 
 
+def test_what_cannot_be_a_name_is_not_there(tmp_path: Path) -> None:
+    """Names are made of what files say, and a torn file may say anything."""
+    machine = Machine(tmp_path)
+    for name in ("/nothing", "/" + "9" * 5000, "/a\0b"):
+        assert not machine.exists(name)
+    assert machine.exists("/")
+
+
 def test_controller_with_everything(tmp_path: Path) -> None:
     simple(tmp_path)
     (found,) = list_controllers(Machine(tmp_path))

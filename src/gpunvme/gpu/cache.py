@@ -76,6 +76,11 @@ class CachedArray:
         self._lock = threading.Lock()
         self._closed = self._freed = False
         self._owned = ExitStack()  # queues and controller, where `open` made them
+        queues._moves.while_quiet(lambda: self._make(capacity_bytes))  # it loads and allocates
+        queues._set.keep.callback(self._free)
+
+    def _make(self, capacity_bytes: int) -> None:
+        queues = self.queues
         program = own_kernels(self._gpu)
         self._kernels = {name: program.kernel("gpunvme_cache_" + name).handle for name in _KERNELS}
         self._memory = memory = CacheMemory(
@@ -87,13 +92,12 @@ class CachedArray:
             capacity_bytes=capacity_bytes,
         )
         self.capacity_bytes = memory.sets * memory.ways * self.line_bytes
-        self._pins = PinnedLines(self._gpu, memory, self._run_pins, self.check)
+        self._pins = PinnedLines(queues, memory, self._run_pins, self.check)
         try:
             self._gathers = CacheGathers(queues, memory, self.dtype.itemsize, self._launch)
         except BaseException:
             memory.free()
             raise
-        queues._set.keep.callback(self._free)
 
     @classmethod
     def open(
@@ -181,6 +185,8 @@ class CachedArray:
     def gather(self, indices: Any, out: Any, *, stream: Any = None, wait: bool = True) -> None:
         """Copy elements to GPU memory, packed in the order of ``indices``.
 
+        More indices on the host than ever before need memory, and wait until nothing runs on the queues.
+
         Parameters
         ----------
         indices
@@ -211,8 +217,7 @@ class CachedArray:
                 f"{span.nbytes} at {span.ptr:#x}"
             )
         queue = stream_handle(stream, out, self.device) or 0
-        with self._lock, self.queues._set.gate:
-            self.queues._set.wait_until_up()
+        with self._lock:
             self._gathers.launch(places, count, span.ptr, queue)
         if wait:
             self._gpu.synchronize(queue)
@@ -233,6 +238,8 @@ class CachedArray:
 
     def pin(self, first: int = 0, count: int | None = None) -> None:
         """Read elements, as far as they are not there, and keep them until `unpin`.
+
+        Waits until nothing runs on the queues.
 
         Parameters
         ----------
@@ -279,7 +286,7 @@ class CachedArray:
 
     def _run_pins(self, kernel: str, line: int, lines: int, flags: int) -> None:
         queues = self.queues._set
-        with queues.running.launching():
+        with self.queues._moves.beside_jobs():
             with queues.gate:
                 queues.wait_until_up()
                 blocks = min(-(-lines // THREADS), self.queues.count * 2)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gpunvme.errors import CudaError
 from gpunvme.gpu.arguments import warp_shape
 from gpunvme.gpu.cache_memory import CHUNK, CacheMemory
 from gpunvme.memory import address_of
@@ -49,9 +48,10 @@ class CacheGathers:
         """Gather to an address, in the order of a stream; ``indices`` on the host, or an address on the GPU."""
         if isinstance(indices, np.ndarray):
             indices = self._upload(indices)
-        if self._used:
-            self._gpu.wait_event(stream, self._event)  # they share the list of what was missed
-        with self._queues._set.running.launching(self._event):
+        with self._queues._moves.beside_jobs(self._event), self._queues._set.gate:
+            self._queues._set.wait_until_up()
+            if self._used:
+                self._gpu.wait_event(stream, self._event)  # they share the list of what was missed
             for first in range(0, count, CHUNK):
                 here = out + first * self._element_bytes
                 self._launch_chunk(indices + 8 * first, here, min(CHUNK, count - first), stream)
@@ -72,16 +72,19 @@ class CacheGathers:
 
     def _upload(self, indices: NDArray[np.int64]) -> int:
         """Page-locked memory with the indices; its address for the GPU."""
-        host, device, nbytes = self._indices
         if self._used:
             while not self._gpu.happened(self._event):  # the last gather may still read them
                 time.sleep(0.0001)
-        if nbytes < indices.nbytes:
-            self._free_indices()
-            host, device = self._gpu.allocate_host(indices.nbytes)
-            self._indices = host, device, indices.nbytes
+        if self._indices[2] < indices.nbytes:
+            self._queues._moves.while_quiet(lambda: self._make_room(indices.nbytes))
+        host, device, _ = self._indices
         ctypes.memmove(host, address_of(indices), indices.nbytes)
         return device
+
+    def _make_room(self, nbytes: int) -> None:
+        self._free_indices()
+        nbytes = 1 << (nbytes - 1).bit_length()  # not each time for sizes that vary a little
+        self._indices = *self._gpu.allocate_host(nbytes), nbytes
 
     def _free_indices(self) -> None:
         host, self._indices = self._indices[0], (0, 0, 0)
@@ -90,9 +93,6 @@ class CacheGathers:
 
     def free(self) -> None:
         """Give everything back: nothing of it is used any more."""
-        try:
-            self._free_indices()
-        except CudaError:
-            pass  # a kernel failed, and with it the whole context: the driver has taken everything
+        self._free_indices()
         self._queues._set.running.ended(self._event)
         self._gpu.destroy(event=self._event)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gpunvme.errors import CudaError, RangeError
+from gpunvme.errors import RangeError
 from gpunvme.gpu.memory import GpuMemory, aligned
 
 if TYPE_CHECKING:
@@ -163,8 +163,4 @@ class CacheMemory:
 
     def free(self) -> None:
         """Free everything: no kernel uses it any more. Does nothing the second time."""
-        keep = self._keep.pop_all()
-        try:
-            keep.close()
-        except CudaError:
-            pass  # a kernel failed, and with it the whole context: the driver has taken everything
+        self._keep.close()

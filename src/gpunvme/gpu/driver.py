@@ -53,6 +53,8 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuEventDestroy_v2": (c_uint64,),
 }
 _NOT_READY = 600
+# CUDA_ERROR_INVALID_VALUE and CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED: what was to be given back is not there.
+_NOT_THERE = 1, 713
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 _WRITES_ORDERING = 118  # CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING
 ORDERED_FOR_OWNER = 100  # CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER
@@ -110,7 +112,7 @@ def call(function: str, *arguments: Any) -> None:
     library = libcuda()
     result = getattr(library, function)(*arguments)
     if result:
-        raise CudaError(_describe(library, function, result))
+        raise CudaError(_describe(library, function, result), result)
 
 
 def _made(function: str, *arguments: Any) -> int:
@@ -171,6 +173,20 @@ class Gpu:
             popped = c_uint64()
             libcuda().cuCtxPopCurrent_v2(byref(popped))
 
+    def _give_back(self, function: str, handle: int) -> None:
+        """Call what gives something back.
+
+        A kernel that fails takes the whole context with it: from then on the driver answers every call with that
+        kernel's error. It has taken everything itself, and nobody who gives something back can do anything about it.
+        What was never there, or was given back already, is a mistake of the caller's, and raised.
+        """
+        try:
+            with self.current():
+                call(function, handle)
+        except CudaError as error:
+            if error.code in _NOT_THERE:
+                raise
+
     def close(self) -> None:
         """Let go of the context."""
         with self._lock:
@@ -187,8 +203,7 @@ class Gpu:
 
     def free(self, address: int) -> None:
         """Give GPU memory back."""
-        with self.current():
-            call("cuMemFree_v2", address)
+        self._give_back("cuMemFree_v2", address)
 
     def allocate_host(self, nbytes: int) -> tuple[int, int]:
         """New page-locked memory, zeroed: its address for the host and for the GPU."""
@@ -199,8 +214,7 @@ class Gpu:
 
     def free_host(self, address: int) -> None:
         """Give page-locked memory back."""
-        with self.current():
-            call("cuMemFreeHost", address)
+        self._give_back("cuMemFreeHost", address)
 
     def register(self, address: int, nbytes: int, *, io: bool = False) -> int:
         """Page-lock memory of this process; its address for the GPU. ``io``: it is a device's, as a BAR is."""
@@ -211,8 +225,7 @@ class Gpu:
 
     def unregister(self, address: int) -> None:
         """Undo `register`."""
-        with self.current():
-            call("cuMemHostUnregister", address)
+        self._give_back("cuMemHostUnregister", address)
 
     def export(self, address: int, nbytes: int) -> int:
         """A dma-buf of GPU memory, whole pages within one allocation: its file descriptor, to be closed.
@@ -232,7 +245,7 @@ class Gpu:
             # By its own types: the size is 64 bits, and the flags too (CUDA 11.7 and later).
             result = entry(byref(fd), c_uint64(address), c_size_t(nbytes), c_int(_DMA_BUF), c_uint64(0))
         if result:
-            raise CudaError(f"GPU memory cannot be exported: {_describe(libcuda(), function, result)}")
+            raise CudaError(f"GPU memory cannot be exported: {_describe(libcuda(), function, result)}", result)
         return fd.value
 
     def fill(self, address: int, nbytes: int, stream: int) -> None:
@@ -285,7 +298,7 @@ class Gpu:
         if result == _NOT_READY:
             return False
         if result:
-            raise CudaError(_describe(libcuda(), "cuEventQuery", result))
+            raise CudaError(_describe(libcuda(), "cuEventQuery", result), result)
         return True
 
     def synchronize(self, stream: int | None = None) -> None:
@@ -297,15 +310,11 @@ class Gpu:
                 call("cuStreamSynchronize", stream)
 
     def destroy(self, *, stream: int = 0, event: int = 0) -> None:
-        """Give a stream or an event back. After a kernel failed the driver refuses, and has taken them itself."""
-        try:
-            with self.current():
-                if stream:
-                    call("cuStreamDestroy_v2", stream)
-                if event:
-                    call("cuEventDestroy_v2", event)
-        except CudaError:
-            pass
+        """Give a stream or an event back."""
+        if stream:
+            self._give_back("cuStreamDestroy_v2", stream)
+        if event:
+            self._give_back("cuEventDestroy_v2", event)
 
     def load(self, image: bytes) -> int:
         """Load a module: a cubin, a fatbin or PTX. It stays until the process ends."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gpunvme.errors import CudaError
 from gpunvme.gpu.compile import own_kernels
 from gpunvme.gpu.driver import Gpu
 from gpunvme.memory import Device, Span, address_of
@@ -63,10 +62,7 @@ class Lane:
 
     def close(self) -> None:
         """Give everything back. Only when nothing of it is used any more."""
-        try:
-            self._keep.close()
-        except CudaError:
-            pass  # a kernel failed, and with it the whole context: the driver has taken everything
+        self._keep.close()
 
 
 class KeptQueues:

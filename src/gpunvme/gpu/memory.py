@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpunvme.errors import CudaError
 from gpunvme.gpu.driver import Gpu
 from gpunvme.gpu.shared_memory import SharedAllocator, SharedMemory
 from gpunvme.nvme import spec
@@ -113,11 +112,8 @@ class GpuMemory:
 
     def close(self) -> None:
         """Free both."""
-        try:
-            self._gpu.free(self.address)
-            self._gpu.free_host(self.host)
-        except CudaError:
-            pass  # a kernel failed, and with it the whole context: the driver has taken everything
+        self._gpu.free(self.address)
+        self._gpu.free_host(self.host)
 
 
 def aligned(nbytes: int) -> int:
@@ -171,7 +167,7 @@ class QueueMemory:
                 self._keep.callback(completions.close)
                 self.entries.append((submissions, completions))
                 memory = submissions.memory, completions.memory
-                transport, command = controller.transport, controller._command
+                transport, command = controller.transport, controller.command
                 self.pairs.append(QueuePair(queue_id, depth, transport, command, page, memory))
                 buffers = Buffers(shared, page, slots, slot_bytes)
                 self._keep.callback(buffers.close)

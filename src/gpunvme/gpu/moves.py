@@ -7,7 +7,8 @@ import operator
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -299,6 +300,11 @@ class Moves:
 
         For what CUDA may put off until kernels have ended: allocating, above all. Jobs that are in flight are looked
         after until they have ended. Kernels of the caller's own are not known here.
+
+        Raises
+        ------
+        ValueError, NvmeError, CudaError, DeadlineExceeded
+            If the queues cannot be used any more.
         """
         with self._changed:
             self._quiet += 1
@@ -307,6 +313,7 @@ class Moves:
                 with self._changed:
                     if self._out == 0 and not self._set.running():
                         return make()
+                self._set.check_usable()
                 for job in list(self._set.jobs):
                     job.wait(_LOOK_SECONDS)
                 with self._changed:
@@ -315,6 +322,22 @@ class Moves:
             with self._changed:
                 self._quiet -= 1
                 self._changed.notify_all()
+
+    @contextmanager
+    def beside_jobs(self, event: int = 0) -> Iterator[None]:
+        """Launch here what uses the queues and is no job, when nobody waits for quiet; nothing is allocated meanwhile.
+
+        Parameters
+        ----------
+        event
+            Recorded behind it; without one, its end is awaited here.
+        """
+        with ExitStack() as launching:
+            # Said before it is launched, and where `while_quiet` looks: that either waits for it, or is over.
+            with self._changed:
+                self._changed.wait_for(lambda: self._quiet == 0)
+                launching.enter_context(self._set.running.launching(event))
+            yield
 
     def begin_brief(self, launch: Callable[[], None], event: int) -> None:
         """Launch a kernel that waits for nothing, before ``event``, which the caller owns until `end_brief`."""

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpunvme.errors import CudaError, NvmeError
+from gpunvme.errors import NvmeError
 from gpunvme.gpu.cache_memory import CacheMemory
-from gpunvme.gpu.driver import Gpu
+from gpunvme.memory import Buffer
+
+if TYPE_CHECKING:
+    from gpunvme.gpu.queues import GpuQueues
+
+
+@dataclass(slots=True)
+class _Pin:
+    """A run of lines that is pinned: a flag for each on the GPU, freed when no kernel runs, and how often."""
+
+    flags: Buffer
+    times: int = 1
 
 
 class PinnedLines:
@@ -16,8 +29,8 @@ class PinnedLines:
 
     Parameters
     ----------
-    gpu, memory
-        The GPU, and the cache.
+    queues, memory
+        Through which lines are read, and the cache.
     run
         ``run(kernel, line, lines, flags)`` pins or unpins them, and waits; a flag for each says what was pinned.
     check
@@ -25,16 +38,20 @@ class PinnedLines:
     """
 
     def __init__(
-        self, gpu: Gpu, memory: CacheMemory, run: Callable[[str, int, int, int], None], check: Callable[[], None]
+        self,
+        queues: GpuQueues,
+        memory: CacheMemory,
+        run: Callable[[str, int, int, int], None],
+        check: Callable[[], None],
     ) -> None:
-        self._gpu, self._memory, self._run, self._check = gpu, memory, run, check
-        self._times: dict[tuple[int, int], list[int]] = {}  # (line, lines): times, address of the flags
+        self._queues, self._memory, self._run, self._check = queues, memory, run, check
+        self._pins: dict[tuple[int, int], _Pin] = {}  # by (line, lines)
 
     def __bool__(self) -> bool:
-        return bool(self._times)
+        return bool(self._pins)
 
     def __contains__(self, key: tuple[int, int]) -> bool:
-        return key in self._times
+        return key in self._pins
 
     def pin(self, line: int, lines: int) -> None:
         """Read them, and keep them once more.
@@ -47,28 +64,24 @@ class PinnedLines:
             If they cannot be read; then none is pinned.
         """
         key = line, lines
-        if key in self._times:
-            self._times[key][0] += 1
+        if key in self._pins:
+            self._pins[key].times += 1
             return
         self._check_room(key)
-        flags = self._gpu.allocate(lines)
+        flags: Buffer = self._queues._moves.while_quiet(lambda: Buffer.empty(lines, self._queues.device))
+        self._queues.gpu.fill(flags.ptr, lines, self._memory.stream)
+        self._run("pin", line, lines, flags.ptr)
         try:
-            self._gpu.fill(flags, lines, self._memory.stream)
-            self._run("pin", line, lines, flags)
-            try:
-                self._check()
-            except NvmeError:
-                self._run("unpin", line, lines, flags)
-                raise
-        except BaseException:
-            self._gpu.free(flags)
+            self._check()
+        except NvmeError:
+            self._run("unpin", line, lines, flags.ptr)
             raise
-        self._times[key] = [1, flags]
+        self._pins[key] = _Pin(flags)
 
     def _check_room(self, key: tuple[int, int]) -> None:
         sets, ways = self._memory.sets, self._memory.ways
         taken = np.zeros(sets, np.int64)
-        for start, number in (*self._times, key):
+        for start, number in (*self._pins, key):
             taken += number // sets
             taken[(start + np.arange(number % sets)) % sets] += 1
         if taken.max() >= ways:
@@ -80,17 +93,12 @@ class PinnedLines:
     def unpin(self, line: int, lines: int) -> None:
         """Undo one `pin` of the same run."""
         key = line, lines
-        self._times[key][0] -= 1
-        if self._times[key][0] == 0:
-            flags = self._times.pop(key)[1]
-            self._run("unpin", line, lines, flags)
-            self._gpu.free(flags)
+        pin = self._pins[key]
+        pin.times -= 1
+        if pin.times == 0:
+            del self._pins[key]
+            self._run("unpin", line, lines, pin.flags.ptr)
 
     def free(self) -> None:
         """Free what belongs to pins; the cache is no more."""
-        times, self._times = self._times, {}
-        try:
-            for _, flags in times.values():
-                self._gpu.free(flags)
-        except CudaError:
-            pass  # the driver has taken everything
+        self._pins.clear()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gpunvme.errors import CudaError, TransportError
+from gpunvme.errors import TransportError
 from gpunvme.gpu.driver import Gpu
 from gpunvme.gpu.registration import registrations
 from gpunvme.memory import address_of
@@ -75,10 +75,7 @@ class HostMemory:
 
     def close(self) -> None:
         """Take it away from the GPU, then from the controller."""
-        try:
-            registrations.remove(self._gpu, self._start)
-        except CudaError:
-            pass  # a kernel failed, and with it the whole context: nothing of it runs any more
+        registrations.remove(self._gpu, self._start)
         self.memory.close()
 
 
@@ -128,11 +125,8 @@ class GpuResidentMemory:
         """Take it away from the controller, then free it."""
         self.memory.close()
         allocated, self._allocated = self._allocated, 0
-        try:
-            if allocated:
-                self._gpu.free(allocated)
-        except CudaError:
-            pass  # a kernel failed, and with it the whole context: the driver has taken everything
+        if allocated:
+            self._gpu.free(allocated)
 
 
 class SharedAllocator:

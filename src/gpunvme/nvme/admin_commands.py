@@ -77,17 +77,6 @@ class AdminCommands(ABC):
             If it does not answer.
         """
         self.check_open()
-        return self._command(opcode, nsid=nsid, prp1=prp1, cdw=cdw, timeout=timeout)
-
-    def _command(
-        self,
-        opcode: int,
-        *,
-        nsid: int = 0,
-        prp1: int = 0,
-        cdw: tuple[int, ...] = (),
-        timeout: float | None = None,
-    ) -> spec.Cqe:
         limit = self._admin_timeout if timeout is None else timeout
         cid = self._admin.submit(opcode, nsid, prp1, cdw=cdw)
         start = time.monotonic()

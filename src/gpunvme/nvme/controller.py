@@ -159,7 +159,7 @@ class Controller(AdminCommands):
     def _make_queue(self, queue_id: int, depth: int) -> IoQueuePair:
         vector = queue_id % self._vectors if self._vectors else None
         return IoQueuePair(
-            queue_id, depth, self.transport, self._command, self._doorbells, self.page_bytes, self.max_bytes, vector
+            queue_id, depth, self.transport, self.command, self._doorbells, self.page_bytes, self.max_bytes, vector
         )
 
     def _set_number_of_queues(self, queues: int) -> int:
@@ -212,19 +212,21 @@ class Controller(AdminCommands):
                     guest.close()
                 except DeadlineExceeded as error:
                     hung = error  # it keeps its memory; the controller is closed all the same
-            self._closed = True
-            _open_controllers.discard(self)
             for pair in self._pairs:
                 pair.native.stop()
-            if self._dead is None:
-                try:
+            try:
+                if self._dead is None:
                     for pair in self._pairs:
                         pair.delete()
                     self._pairs = []
                     self.registers.shut_down()
-                except NvmeError:
-                    pass  # the controller is disabled next, which ends whatever it was doing
-            self._quiesce()
+            except (NvmeError, DeadlineExceeded):
+                pass  # the controller is disabled next, which ends whatever it was doing
+            finally:
+                # Not before: deleting queues takes commands.
+                self._closed = True
+                _open_controllers.discard(self)
+                self._quiesce()
             if hung is not None:
                 raise hung
 

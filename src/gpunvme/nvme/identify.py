@@ -13,7 +13,7 @@ from enum import IntEnum, IntFlag
 
 from gpunvme.errors import ControllerError
 from gpunvme.nvme.spec import Version
-from gpunvme.nvme.structure import Bytes, Structure, number, raw, structures, text
+from gpunvme.nvme.spec.layout import Bytes, Structure, number, raw, structures, text
 
 IDENTIFY_BYTES = 4096
 """Whatever Identify returns has this size."""

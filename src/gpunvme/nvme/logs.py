@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntFlag
 
-from gpunvme.nvme.structure import Bytes, Structure, number, numbers, texts
+from gpunvme.nvme.spec.layout import Bytes, Structure, number, numbers, texts
 
 _KELVIN = 273  # what the specification has temperatures rounded by
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gpunvme.errors import ControllerError, DeviceGoneError
 from gpunvme.nvme import spec
-from gpunvme.nvme.spec.bit_fields import BitFields
+from gpunvme.nvme.spec.layout import BitFields
 
 if TYPE_CHECKING:
     from gpunvme.nvme.transport import Transport
@@ -103,7 +103,7 @@ class Registers:
         """Fields of those registers that have any."""
         values = self.dump()
         read = {name: kind.decode(values[name]) for name, kind in _FIELDS.items() if name in values}
-        return {name: {field: getattr(value, field) for field in value.BITS} for name, value in read.items()}
+        return {name: {field: getattr(value, field) for field in value.PLACES} for name, value in read.items()}
 
     def check_alive(self) -> None:
         """Raise `DeviceGoneError` or `ControllerError` if the controller is gone or has failed."""

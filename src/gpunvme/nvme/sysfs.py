@@ -66,7 +66,7 @@ class Machine:
 
     def exists(self, name: str) -> bool:
         """Tell whether a file or folder is there."""
-        return self.path(name).exists()
+        return os.path.exists(self.path(name))  # Path.exists raises where a name is too long
 
     def link(self, name: str) -> str | None:
         """Return the last part of where a symbolic link points, or None: how sysfs names drivers and groups."""

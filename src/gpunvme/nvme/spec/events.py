@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from gpunvme.nvme.spec.bit_fields import BitFields, bits
+from gpunvme.nvme.spec.layout import BitFields, bits
 
 
 class EventType(IntEnum):
