@@ -161,6 +161,32 @@ extern "C" __global__ void run(const GpuQueue* queues, unsigned long long count,
 }
 """
 
+LONE = """
+// Each warp reads or writes one command after the other; all its lanes say how each ended.
+extern "C" __global__ void lone(const GpuQueue* queues, unsigned long long count, unsigned char* memory,
+                                unsigned long long* fates, unsigned long long rounds, unsigned long long blocks,
+                                unsigned long long writes) {
+  const unsigned warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  const GpuQueue& queue = queues[warp % count];
+  for (unsigned long long round = 0; round < rounds; ++round) {
+    const unsigned long long number = warp * rounds + round;
+    unsigned char* const mine = memory + number * blocks * 512;
+    const Outcome outcome = writes != 0 ? warp_write(queue, number * blocks, blocks, mine)
+                                        : warp_read(queue, number * blocks, blocks, mine);
+    fates[number * 32 + threadIdx.x % 32] = static_cast<unsigned long long>(outcome.fate) << 32 | outcome.status;
+  }
+}
+"""
+
+
+def lone(queues: Any, memory: Buffer, warps: int, rounds: int, blocks: int, writes: bool = False) -> Any:
+    """How each command ended; a row a warp."""
+    fates = Buffer.empty(warps * rounds * 32 * 8, GPU)
+    launch(LONE, "lone", warps, 32, queues, queues.count, memory, fates, rounds, blocks, int(writes))
+    ended = fates.numpy().view(np.uint64).reshape(warps, rounds, 32)
+    assert (ended == ended[:, :, :1]).all()  # all lanes are told the same
+    return ended[:, :, 0]
+
 
 HUNG = """
 extern "C" __global__ void run(const GpuQueue* queues, volatile unsigned* go_on) {

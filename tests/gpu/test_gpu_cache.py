@@ -274,6 +274,56 @@ extern "C" __global__ void run(const PageCache* cache, unsigned long long* out, 
 """
 
 
+NEIGHBOURS = """
+using namespace gpunvme;
+// Pins are bits 26:3 of a frame's word.
+extern "C" __global__ void count_pinned(const unsigned long long* words, unsigned long long frames,
+                                        unsigned long long* bad) {
+  for (unsigned long long i = 0; i < frames; ++i) {
+    if ((words[i] >> 3 & 0xffffff) != 0) ++*bad;
+  }
+}
+// Warps that read neighbours, all of them the same ones, line after line.
+extern "C" __global__ void run(const PageCache* cache, unsigned long long* bad, unsigned long long lines,
+                               unsigned long long rounds) {
+  const CachedArray<unsigned long long> array(cache);
+  for (unsigned long long i = 0; i < lines * rounds; ++i) {
+    const unsigned long long index = i % lines * 512 + i % 16 * 32 + threadIdx.x % 32;
+    if (array[index] != index * 0x100000001ull) atomicAdd(bad, 1ull);
+  }
+}
+"""
+
+
+def test_a_warp_of_neighbours_looks_once_and_keeps_nothing() -> None:
+    with machine(timeout=20) as m:
+        program = gpunvme.gpu.compile(CachedArray.source() + NEIGHBOURS)
+        kernel, pinned = program.kernel("run"), program.kernel("count_pinned")
+        bad = on_gpu(np.zeros(1, np.uint64))
+        lines, blocks = 24, few(8, 3)
+        # All fits: what was read once is found from then on.
+        with m.queues.cached_array(np.uint64, capacity_bytes=64 * LINE) as array:
+            missed = []
+            for warps in (1, 2 * blocks):
+                kernel.launch(max(1, warps // 2), min(64, 32 * warps), array, bad, lines, 4, stream=0)
+                assert not bad.numpy().any()
+                array.check()
+                missed.append(array.stats()["misses"])
+                assert array.stats()["loads"] == lines
+            assert missed[0] == missed[1] <= lines * 32
+        # Nothing fits: lines are asked for while they are on their way, and a pin that was forgotten would keep one.
+        m.inject("delay:3")
+        with m.queues.cached_array(np.uint64, capacity_bytes=8 * LINE) as array:
+            kernel.launch(blocks, 64, array, bad, lines, few(20, 4), stream=0)
+            assert not bad.numpy().any()
+            array.check()
+            assert array.stats()["evictions"] >= lines
+            words, nbytes = array._memory._places["words"]
+            pinned.launch(1, 1, words, nbytes // 8, bad, stream=0)
+            assert not bad.numpy().any()
+            assert (gathered(array, np.arange(array.size)[::512]) == WORDS[::512]).all()
+
+
 def test_a_line_is_held_from_one_read_to_the_next() -> None:
     with machine() as m:
         # Room for all: a warp holds two lines at a time, and who holds one and waits for another may wait in vain.

@@ -18,6 +18,7 @@ from gpu_queue_machine import (
     Int64s,
     all_slots_are_free,
     few,
+    lone,
     machine,
     on_gpu,
     rows_of,
@@ -126,6 +127,34 @@ def test_errors_name_their_rows(stored: bytes) -> None:
         m.queues.gather(lbas, out)
         assert out.numpy().tobytes() == rows_of(stored, lbas, 1)
         assert all_slots_are_free(m.queues)
+
+
+@pytest.mark.parametrize("failures", [1, 3, 4])
+def test_a_lone_command_is_tried_four_times(stored: bytes, failures: int) -> None:
+    with machine(stored, count=1) as m:
+        before = m.controller.transport.controller.stats()["commands"]
+        m.inject(",".join(f"error:0x004#{number}" for number in range(1, failures + 1)))
+        memory = Buffer.empty(8 * BLOCK, GPU)
+        ended = lone(m.queues, memory, warps=1, rounds=1, blocks=8)
+        assert ended.tolist() == [[0 if failures < 4 else 4]]
+        assert m.controller.transport.controller.stats()["commands"] - before == min(failures + 1, 4)
+        if failures < 4:
+            assert memory.numpy().tobytes() == stored[: 8 * BLOCK]
+        assert all_slots_are_free(m.queues)
+
+
+def test_a_lone_command_that_is_not_answered_ends_at_its_deadline(stored: bytes) -> None:
+    with machine(stored, count=1, timeout=few(0.3, 1.0), driver={"timeout": 0.3}) as m:
+        m.inject("drop#3")
+        memory = on_gpu(np.full(6 * BLOCK, 0xEE, np.uint8))
+        fates = lone(m.queues, memory, warps=1, rounds=6, blocks=1)[0] >> np.uint64(32)
+        assert fates[:3].tolist() == [0, 0, 1]  # after it, the host may already have stopped the queue
+        for number, row in enumerate(memory.numpy().reshape(6, BLOCK)):
+            expected = stored[number * BLOCK : (number + 1) * BLOCK] if fates[number] == 0 else b"\xee" * BLOCK
+            assert row.tobytes() == expected
+        out = Buffer.empty(BLOCK, GPU)
+        m.queues.gather([5], out)
+        assert out.numpy().tobytes() == stored[5 * BLOCK : 6 * BLOCK]
 
 
 def test_more_failures_than_are_listed_are_counted(stored: bytes) -> None:

@@ -17,6 +17,7 @@ from gpu_queue_machine import (
     all_slots_are_free,
     few,
     launch,
+    lone,
     machine,
     on_gpu,
     rows_of,
@@ -85,6 +86,22 @@ def test_warps_and_blocks_read_and_write_together(stored: bytes) -> None:
         written = m.namespace.read(8192, 40 * 32).numpy()
         expected = np.frombuffer(rows_of(stored, np.arange(40) * 5, 32), np.uint8) ^ 0x55
         assert written.tobytes() == expected.tobytes()
+        assert all_slots_are_free(m.queues)
+
+
+# More warps than slots: most find none at first.
+@pytest.mark.parametrize(("depth", "warps"), [(64, 8), (4, 8), (2, 5)])
+@pytest.mark.parametrize("blocks", [1, 8])
+def test_a_warp_sends_one_command_at_a_time(stored: bytes, depth: int, warps: int, blocks: int) -> None:
+    with machine(stored, depth=depth, timeout=20) as m:
+        rounds = few(40, 6)
+        nbytes = warps * rounds * blocks * BLOCK
+        memory = Buffer.empty(nbytes, GPU)
+        assert not lone(m.queues, memory, warps, rounds, blocks).any()
+        assert memory.numpy().tobytes() == stored[:nbytes]
+        other = on_gpu(np.frombuffer(stored[-nbytes:], np.uint8) ^ 0x33)
+        assert not lone(m.queues, other, warps, rounds, blocks, writes=True).any()
+        assert m.namespace.read(0, nbytes // BLOCK).numpy().tobytes() == other.numpy().tobytes()
         assert all_slots_are_free(m.queues)
 
 
