@@ -38,8 +38,9 @@ __device__ void finish(unsigned long long sum, unsigned long long* out) {
   if (threadIdx.x % 32 == 0) atomicAdd(out, sum);
 }
 
+// The bounds: what a miss needs would otherwise take so many registers that few warps are there to wait for memory.
 // A warp takes a line after the other, in an order that is not the memory's.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     by_lines(const PageCache* cache, const uint4*, unsigned long long lines, unsigned long long* out) {
   const CachedArray<uint4> array(cache);
   const unsigned long long warps = gridDim.x * blockDim.x / 32;
@@ -65,17 +66,17 @@ __device__ void add_elements(const PageCache* cache, unsigned long long lines, u
   }
   finish(sum, out);
 }
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 8)
     by_elements_of_16(const PageCache* cache, const uint4*, unsigned long long lines, unsigned long long* out) {
   add_elements<uint4>(cache, lines, out);
 }
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 8)
     by_elements_of_4(const PageCache* cache, const uint4*, unsigned long long lines, unsigned long long* out) {
   add_elements<unsigned>(cache, lines, out);
 }
 
 // The same elements by an ordinary loop: neighbours in order, and the line that they are in held from one to the next.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     by_held_elements_of_4(const PageCache* cache, const uint4*, unsigned long long lines, unsigned long long* out) {
   const CachedArray<unsigned> array(cache);
   const unsigned long long warps = gridDim.x * blockDim.x / 32;
