@@ -96,7 +96,8 @@ GPUNVME_DEVICE inline bool look_up(const PageFrames& frames, const Lanes& lanes,
   // Neighbours read together as a rule: one look for all of them, and few instructions.
   if (lanes.count() == 32) {
     const Warp warp;
-    if (warp.all(wants && line == warp.leaders(line))) {
+    const std::uint64_t first = warp.leaders(line);
+    if (warp.all(wants && line == first)) {
       const std::uint32_t frame = frames.pin_ready(warp, line);
       warp.meet();  // what the leader acquired, all have
       return then(warp, frame);

@@ -72,7 +72,8 @@ class PageFrames {
   GPUNVME_DEVICE std::uint32_t pin_ready(const Warp& warp, std::uint64_t line) const {
     const std::uint64_t first = set_of(line) * kWays;
     const std::uint64_t mine = Near(words_[first + warp.rank() % kWays]).load_relaxed();
-    const std::uint32_t named = warp.vote(has(mine, line));
+    // Only what the first of them see counts: the others may look a moment later, and see another name.
+    const std::uint32_t named = warp.vote(has(mine, line)) & ((1u << kWays) - 1);
     if (named == 0) return kNoFrame;
     const auto frame = static_cast<std::uint32_t>(first + lowest_bit(named));
     auto look = static_cast<std::uint32_t>(Look::kBusy);
