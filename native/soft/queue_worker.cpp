@@ -43,7 +43,8 @@ unsigned Worker::pass() {
 unsigned Worker::help() {
   const bool due = ++passes_ % kPassesPerHelp == 0;
   if (!due && helping_ == 0 && !is_fresh_) return 0;
-  const bool takes_lone = is_fresh_ || (due && ++helps_ % kHelpsPerLone == 0);
+  // A queue that was long a moment ago is no lone thread's.
+  const bool takes_lone = is_fresh_ || helping_ != 0 || (due && ++helps_ % kHelpsPerLone == 0);
   is_fresh_ = false;
   const std::uint32_t highest = device_.queues.highest_sq();
   unsigned fetched = 0;

@@ -108,13 +108,4 @@ GPUNVME_HD inline std::uint32_t lowest_bit(std::uint32_t bits) {
 #endif
 }
 
-// The number of the highest bit that is set. `bits` is not 0.
-GPUNVME_HD inline std::uint32_t highest_bit(std::uint32_t bits) {
-#if defined(__CUDA_ARCH__)
-  return 31 - static_cast<std::uint32_t>(__clz(static_cast<int>(bits)));
-#else
-  return 31 - static_cast<std::uint32_t>(__builtin_clz(bits));
-#endif
-}
-
 }  // namespace gpunvme

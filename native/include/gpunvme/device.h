@@ -117,29 +117,24 @@ struct Request {
 
 namespace detail {
 
-// The command that a request is in this slot.
-GPUNVME_DEVICE inline IoCommand command_of(const GpuQueue& queue, std::uint32_t slot, Request request) {
-  if (request.prp1 == 0) {
-    const std::uint64_t nbytes = std::uint64_t{request.blocks} * queue.block_bytes;
-    const std::uint64_t* const pages = queue.pages + std::uint64_t{slot} * queue.pages_per_slot;
-    request.prp1 = pages[0];
-    if (nbytes > queue.page_bytes)
-      request.prp2 = nbytes > 2 * std::uint64_t{queue.page_bytes} ? queue.lists[slot] : pages[1];
-  }
-  return {request.opcode, queue.nsid, request.prp1, request.prp2, request.lba, request.blocks - 1};
-}
-
 // submit() for the lanes that `here()` says are at this place for this queue; it is asked again where they may be
 // others.
 template <typename Here>
-GPUNVME_DEVICE inline Fate submit(const GpuQueue& queue, Token& token, const Request& request, const Here& here) {
+GPUNVME_DEVICE inline Fate submit(const GpuQueue& queue, Token& token, Request request, const Here& here) {
   const WarpQueue pair(queue.pair);
   token.deadline = now_ns() + queue.timeout_ns;
-  const IoCommand command = command_of(queue, token.slot, request);
+  if (request.prp1 == 0) {
+    const std::uint64_t nbytes = std::uint64_t{request.blocks} * queue.block_bytes;
+    const std::uint64_t* const pages = queue.pages + std::uint64_t{token.slot} * queue.pages_per_slot;
+    request.prp1 = pages[0];
+    if (nbytes > queue.page_bytes)
+      request.prp2 = nbytes > 2 * std::uint64_t{queue.page_bytes} ? queue.lists[token.slot] : pages[1];
+  }
+  const IoCommand command{request.opcode, queue.nsid, request.prp1, request.prp2, request.lba, request.blocks - 1};
   for (;;) {
     const auto lanes = here();
     const Submitted submitted = pair.submit(lanes, token.slot, command, token.cid);
-    if (GPUNVME_USUALLY(submitted == Submitted::kOk)) return Fate::kDone;
+    if (submitted == Submitted::kOk) return Fate::kDone;
     // The SQ is full of commands that were fetched long ago, or the controller fetches none.
     bool busy = false;
     const bool moved = submitted == Submitted::kFull && pair.reap(lanes, kPatience, busy) != 0;
@@ -158,7 +153,7 @@ template <typename Group>
 GPUNVME_DEVICE inline bool reap(const GpuQueue& queue, const Group& lanes) {
   bool busy = false;
   const bool any = WarpQueue(queue.pair).reap(lanes, kPatience, busy) != 0;
-  if (GPUNVME_SELDOM(busy)) pause();
+  if (busy) pause();
   return any;
 }
 
@@ -184,7 +179,7 @@ GPUNVME_DEVICE inline bool reap(const GpuQueue& queue) { return detail::reap(que
 // done its data() is there until finish(). Otherwise the token has no slot any more. Reaps nothing itself.
 GPUNVME_DEVICE inline bool poll(const GpuQueue& queue, Token& token, Outcome& outcome) {
   outcome.cid = token.cid;
-  if (GPUNVME_USUALLY(WarpQueue(queue.pair).is_done(token.slot, token.cid, outcome.status))) {
+  if (WarpQueue(queue.pair).is_done(token.slot, token.cid, outcome.status)) {
     outcome.fate = Fate::kDone;
     return true;
   }
@@ -307,10 +302,9 @@ inline constexpr std::uint32_t kBatch = 8;
 // Moves pieces, one in flight for each lane that has some. New commands are sent when `batch` lanes want to, or nothing
 // else is left to wait for: they share a reservation and a doorbell. `next(piece)` says what the calling lane moves
 // next, or false if nothing is left for it. `ended(piece, outcome)` hears how each ended, from the lane that moved it.
-// The first piece was tried `tried` times before.
 template <typename Next, typename Ended>
 __device__ void warp_move(const GpuQueue& where, std::uint32_t opcode, std::uint32_t batch, const Next& next,
-                          const Ended& ended, std::uint32_t tried = 0) {
+                          const Ended& ended) {
   const GpuQueue queue = where;  // in registers: see WarpQueue
   constexpr std::uint32_t kAll = 0xffffffff;
   const WarpQueue pair(queue.pair);
@@ -318,7 +312,7 @@ __device__ void warp_move(const GpuQueue& where, std::uint32_t opcode, std::uint
   Token token;
   Piece piece{};
   Outcome outcome{};
-  std::uint32_t tries = tried;
+  std::uint32_t tries = 0;
   std::uint64_t give_up = now_ns() + queue.timeout_ns;
   bool has_piece = next(piece);
   bool submitted = false;
@@ -396,60 +390,59 @@ __device__ void warp_move(const GpuQueue& where, std::uint32_t opcode, std::uint
 
 namespace detail {
 
-// A transfer that takes one command, tried once, in as few instructions as can be: one lane sends it, all look for
-// completions, and all copy. False if that is not the end of it, and warp_move has to do it: there is no slot or no
-// room, the queue was stopped, or the command may be repeated.
-__device__ inline bool warp_command(const GpuQueue& queue, std::uint32_t opcode, std::uint64_t lba,
-                                    std::uint32_t blocks, unsigned char* memory, Outcome& outcome) {
+// A transfer that takes one command: one lane sends it, all look for completions, and all copy.
+__device__ inline Outcome warp_command(const GpuQueue& where, std::uint32_t opcode, std::uint64_t lba,
+                                       std::uint32_t blocks, unsigned char* memory) {
+  const GpuQueue queue = where;  // in registers: see WarpQueue
   const WarpQueue pair(queue.pair);
   const Warp warp;
   const std::uint64_t nbytes = std::uint64_t{blocks} * queue.block_bytes;
-  Token token;  // the first lane's
-  if (warp.leads()) claim(queue, token, Alone());
-  const std::uint32_t slot = token.slot = warp.leaders(token.slot);
-  if (!token.has_slot()) return false;
-  unsigned char* const buffer = data(queue, token);
-  if (opcode == kWrite) {
-    copy(buffer, memory, nbytes, warp.rank(), warp.count());
-    warp.meet();
+  for (std::uint32_t tries = 1;; ++tries) {
+    Outcome outcome{Fate::kDone, 0, 0};
+    Token token;  // the first lane's; the others know the slot
+    for (const std::uint64_t give_up = now_ns() + queue.timeout_ns;;) {
+      if (warp.leads()) {
+        if (!claim(queue, token, Alone())) {
+          outcome.fate = pair.stopped() ? Fate::kStopped : now_ns() > give_up ? Fate::kFull : Fate::kDone;
+        }
+      }
+      token.slot = warp.leaders(token.slot);
+      if (token.has_slot()) break;
+      outcome.fate = static_cast<Fate>(warp.leaders(static_cast<std::uint32_t>(outcome.fate)));
+      if (outcome.fate != Fate::kDone) return outcome;
+      detail::reap(queue, warp);
+    }
+    unsigned char* const buffer = data(queue, token);
+    if (opcode == kWrite) {
+      copy(buffer, memory, nbytes, warp.rank(), warp.count());
+      warp.meet();
+    }
+    if (warp.leads()) outcome.fate = submit(queue, token, {opcode, blocks, lba}, [] { return Alone(); });
+    bool waits = warp.any(warp.leads() && outcome.fate == Fate::kDone);
+    while (waits) {
+      detail::reap(queue, warp);
+      waits = warp.any(warp.leads() && !poll(queue, token, outcome));
+    }
+    const std::uint64_t word = warp.leaders(static_cast<std::uint64_t>(outcome.fate) << 32 |
+                                            std::uint32_t{outcome.cid} << 16 | outcome.status);
+    outcome = {static_cast<Fate>(word >> 32), static_cast<std::uint16_t>(word), static_cast<std::uint16_t>(word >> 16)};
+    if (opcode == kRead && outcome.ok()) copy(memory, buffer, nbytes, warp.rank(), warp.count());
+    warp.meet();  // all have copied
+    if (outcome.fate == Fate::kDone && warp.leads()) pair.release(token.slot, token.cid);
+    if (!outcome.may_retry() || tries >= kTries) return outcome;
   }
-  bool waits = false;
-  if (warp.leads()) {
-    token.deadline = now_ns() + queue.timeout_ns;
-    const IoCommand command = command_of(queue, slot, {opcode, blocks, lba});
-    waits = pair.submit(Alone(), slot, command, token.cid) == Submitted::kOk;
-    if (!waits) pair.release(slot);
-  }
-  waits = warp.any(waits);
-  if (!waits) return false;
-  while (waits) {
-    reap(queue, warp);
-    waits = warp.any(warp.leads() && !poll(queue, token, outcome));
-  }
-  const std::uint64_t word =
-      warp.leaders(static_cast<std::uint64_t>(outcome.fate) << 32 | std::uint32_t{outcome.cid} << 16 | outcome.status);
-  outcome = {static_cast<Fate>(word >> 32), static_cast<std::uint16_t>(word), static_cast<std::uint16_t>(word >> 16)};
-  if (opcode == kRead && outcome.ok()) copy(memory, buffer, nbytes, warp.rank(), warp.count());
-  warp.meet();  // all have read the buffer, and what any of them has written, all see
-  if (outcome.fate == Fate::kDone && warp.leads()) pair.release(slot, token.cid);
-  return !outcome.may_retry();
 }
 
 // Large transfers by a warp: lane 0 takes the first piece, lane 1 the second …; the first thing that went wrong.
-__device__ inline Outcome warp_transfer(const GpuQueue& where, std::uint32_t opcode, std::uint64_t lba,
+__device__ inline Outcome warp_transfer(const GpuQueue& queue, std::uint32_t opcode, std::uint64_t lba,
                                         std::uint64_t blocks, unsigned char* memory, std::uint32_t warp,
                                         std::uint32_t warps) {
-  const GpuQueue queue = where;  // in registers: see WarpQueue
   Outcome worst{Fate::kDone, 0, 0};
   if (!in_range(queue, lba, blocks)) return {Fate::kDone, kOutOfRange, 0};
   const std::uint64_t step = queue.max_blocks;
-  std::uint32_t tried = 0;
   if (blocks <= step) {
     if (warp != 0 || blocks == 0) return worst;
-    if (GPUNVME_USUALLY(warp_command(queue, opcode, lba, static_cast<std::uint32_t>(blocks), memory, worst)))
-      return worst;
-    tried = worst.ok() ? 0 : 1;
-    worst = {Fate::kDone, 0, 0};
+    return warp_command(queue, opcode, lba, static_cast<std::uint32_t>(blocks), memory);
   }
   std::uint64_t at = (std::uint64_t{warp} * 32 + threadIdx.x % 32) * step;
   const auto next = [&](Piece& piece) {
@@ -462,7 +455,7 @@ __device__ inline Outcome warp_transfer(const GpuQueue& where, std::uint32_t opc
   const auto ended = [&](const Piece&, const Outcome& outcome) {
     if (!outcome.ok()) worst = outcome;
   };
-  warp_move(queue, opcode, kBatch, next, ended, tried);
+  warp_move(queue, opcode, kBatch, next, ended);
   const std::uint32_t bad = __ballot_sync(0xffffffff, !worst.ok());
   if (bad != 0) {
     const int whose = __ffs(static_cast<int>(bad)) - 1;

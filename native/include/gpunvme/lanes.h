@@ -40,7 +40,7 @@ GPUNVME_DEVICE inline std::uint32_t any_number() {
   std::uint32_t multiprocessor;
   asm volatile("mov.u32 %0, %%clock;" : "=r"(clock));
   asm volatile("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
-  return ((clock >> 4) ^ (multiprocessor << 16 | threadIdx.x)) * 0x9e3779b1u;
+  return ((clock >> 4) ^ (multiprocessor << 16 | threadIdx.x)) * 0x9e3779b1u >> 8;
 }
 
 #elif defined(GPUNVME_SIMT)
@@ -54,14 +54,9 @@ inline std::uint32_t any_number() { return simt::random_number(); }
 inline std::uint64_t now_ns() {
   return static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
 }
-inline std::uint32_t any_number() { return static_cast<std::uint32_t>(now_ns()) * 0x9e3779b1u; }
+inline std::uint32_t any_number() { return static_cast<std::uint32_t>(now_ns()) * 0x9e3779b1u >> 8; }
 
 #endif
-
-// The same, less than `count`; without a division, by the higher bits, which are the better ones.
-GPUNVME_DEVICE inline std::uint32_t any_number_below(std::uint32_t count) {
-  return static_cast<std::uint32_t>(std::uint64_t{any_number()} * count >> 32);
-}
 
 // Leaves the machine to others for a moment: for who waits for another thread.
 GPUNVME_DEVICE inline void pause() {

@@ -86,83 +86,6 @@ GPUNVME_DEVICE GPUNVME_NOINLINE inline Got bring(const PageCache* cache, Lanes l
   return got;
 }
 
-// For lanes that want a line each: `then(group, frame)` is called by those who want the same one, together, with its
-// frame if it is in memory, pinned for each of them, or kNoFrame; what it says for the calling lane.
-template <typename Then>
-GPUNVME_DEVICE inline bool look_up(const PageFrames& frames, const Lanes& lanes, bool wants, std::uint64_t line,
-                                   const Then& then) {
-  if (!wants) line = ~std::uint64_t{0};
-#if defined(GPUNVME_WARPS)
-  // Neighbours read together as a rule: one look for all of them, and few instructions.
-  if (lanes.count() == 32) {
-    const Warp warp;
-    const std::uint64_t first = warp.leaders(line);
-    if (warp.all(wants && line == first)) {
-      const std::uint32_t frame = frames.pin_ready(warp, line);
-      warp.meet();  // what the leader acquired, all have
-      return then(warp, frame);
-    }
-  }
-#endif
-  const Lanes same = lanes.alike(line);
-  std::uint32_t frame = PageFrames::kNoFrame;
-  if (wants && same.leads()) frame = frames.pin_ready(line, same.count());
-  frame = same.leaders(frame);
-  same.meet();  // what the leader acquired, all have
-  return then(same, frame);
-}
-
-// For look_up(): the line stays pinned. (These are no lambdas: NVRTC wants to be told what generic ones are for.)
-struct Keep {
-  std::uint32_t& kept;
-
-  template <typename Group>
-  GPUNVME_DEVICE bool operator()(const Group&, std::uint32_t frame) const {
-    kept = frame;
-    return frame != PageFrames::kNoFrame;
-  }
-};
-
-// The same: an element at `offset` of the line is copied, and the line let go.
-template <typename T>
-struct Copy {
-  const PageFrames& frames;
-  std::uint64_t offset;
-  T& value;
-
-  template <typename Group>
-  GPUNVME_DEVICE bool operator()(const Group& same, std::uint32_t frame) const {
-    if (frame == PageFrames::kNoFrame) return false;
-    value = *reinterpret_cast<const T*>(frames.data(frame) + offset);
-    same.meet();  // all have read
-    if (same.leads()) frames.unpin(frame, same.count());
-    return true;
-  }
-};
-
-// A line that the calling lane has pinned, or why not.
-struct Pinned {
-  std::uint64_t failure;
-  std::uint32_t frame;
-  bool was_there;
-};
-
-// The line with the byte at `at`, for the lanes that are here and want one, each its own. A frame that it has pinned
-// before is given back first. Not inlined: in loops over a line's elements this is the seldom case.
-GPUNVME_DEVICE GPUNVME_NOINLINE inline Pinned pin_line(const PageCache* cache, const PageFrames* old_frames,
-                                                       std::uint32_t old_frame, bool wants, std::uint64_t at) {
-  if (old_frame != PageFrames::kNoFrame) unpin_here(*old_frames, old_frame);
-  const PageFrames frames = cache->frames;
-  const Lanes lanes = Lanes::here();
-  Pinned pinned{0, PageFrames::kNoFrame, false};
-  pinned.was_there = look_up(frames, lanes, wants, at >> frames.line_shift(), Keep{pinned.frame});
-  const bool missing = wants && !pinned.was_there;
-  if (!lanes.any(missing)) return pinned;
-  const Got got = bring(cache, lanes, missing, at, 1, true);
-  if (missing) pinned = {got.failure, got.frame, false};
-  return pinned;
-}
-
 }  // namespace detail
 
 // A line of an array that stays in memory as long as this holds it. Not copied; it may be moved. Each lane that asked
@@ -255,22 +178,30 @@ class CachedArray {
   // An element. If it cannot be had: T{}, and the first such failure of the cache is kept for the host.
   GPUNVME_DEVICE T operator[](std::uint64_t index) const {
     T value{};
-    const std::uint64_t failure = get(index, value);
+    std::uint32_t frame;
+    const std::uint64_t failure = get(index, frame, false, value);
     if (failure != 0) cache_->record(index, sizeof(T), failure);
     return value;
   }
 
   // An element into `value`, which is left as it is unless the outcome is ok().
-  GPUNVME_DEVICE Outcome read(std::uint64_t index, T& value) const { return Failure::outcome(get(index, value)); }
+  GPUNVME_DEVICE Outcome read(std::uint64_t index, T& value) const {
+    std::uint32_t frame;
+    return Failure::outcome(get(index, frame, false, value));
+  }
 
   // An element if it is in memory now; otherwise false, and nothing is read from the drive.
-  GPUNVME_DEVICE bool find(std::uint64_t index, T& value) const { return look_up(Lanes::here(), index, value); }
+  GPUNVME_DEVICE bool find(std::uint64_t index, T& value) const {
+    std::uint32_t frame;
+    return look_up(Lanes::here(), index, frame, false, value);
+  }
 
   // The same for who reads many elements close to each other: the line is held from one call to the next, and as long
   // as it has what is asked for, nothing else is touched.
   GPUNVME_DEVICE Outcome read(std::uint64_t index, T& value, Line<T>& held) const {
     if (!held.holds(index)) {
-      fetch(index, held);
+      held.release();
+      held = line(index);
       if (!held.ok()) return held.outcome();
     }
     value = held[index];
@@ -280,51 +211,54 @@ class CachedArray {
   // The line that an element is in.
   GPUNVME_DEVICE Line<T> line(std::uint64_t index) const {
     Line<T> line;
-    fetch(index, line);
+    T value;
+    line.failure_ = get(index, line.frame_, true, value);
+    if (line.failure_ != 0) return line;
+    const std::uint32_t shift = frames_.line_shift();
+    line.frames_ = &cache_->frames;
+    line.data_ = reinterpret_cast<const T*>(frames_.data(line.frame_));
+    line.count_ = (std::uint64_t{1} << shift) / sizeof(T);
+    line.first_ = index / line.count_ * line.count_;
+    if (line.count_ > size_ - line.first_) line.count_ = size_ - line.first_;
     return line;
   }
 
  private:
-  // Has `line` hold the line that an element is in, instead of what it holds.
-  GPUNVME_DEVICE void fetch(std::uint64_t index, Line<T>& line) const {
+  // For all lanes that are here, each with an index of its own: the element if its line is in memory, and the line
+  // pinned if it is to be kept.
+  GPUNVME_DEVICE bool look_up(const Lanes& lanes, std::uint64_t index, std::uint32_t& frame, bool keeps,
+                              T& value) const {
     const bool inside = index < size_;
-    const std::uint32_t old = line.ok() ? line.frame_ : PageFrames::kNoFrame;
-    const detail::Pinned pinned = detail::pin_line(cache_, line.frames_, old, inside, index * sizeof(T));
-    line.failure_ = inside ? pinned.failure : Failure::word({Fate::kDone, kOutOfRange, 0}, 0);
-    line.data_ = nullptr;
-    line.count_ = 0;
-    if (!inside) return;
-    ++(pinned.was_there ? hits_ : misses_);
-    if (pinned.failure != 0) return;
-    line.frames_ = &cache_->frames;
-    line.frame_ = pinned.frame;
-    line.data_ = reinterpret_cast<const T*>(frames_.data(pinned.frame));
-    line.count_ = (std::uint64_t{1} << frames_.line_shift()) / sizeof(T);
-    line.first_ = index & ~(line.count_ - 1);
-    if (line.count_ > size_ - line.first_) line.count_ = size_ - line.first_;
-  }
-
-  // An element if it is in memory now, for all lanes that are here, each with an index of its own.
-  GPUNVME_DEVICE bool look_up(const Lanes& lanes, std::uint64_t index, T& value) const {
     const std::uint64_t at = index * sizeof(T);
-    const std::uint32_t shift = frames_.line_shift();
-    const std::uint64_t offset = at & ((std::uint64_t{1} << shift) - 1);
-    const bool found =
-        detail::look_up(frames_, lanes, index < size_, at >> shift, detail::Copy<T>{frames_, offset, value});
-    if (found) ++hits_;
+    const Lanes same = lanes.alike(inside ? at >> frames_.line_shift() : ~std::uint64_t{0});
+    frame = PageFrames::kNoFrame;
+    if (inside && same.leads()) frame = frames_.pin_ready(at >> frames_.line_shift(), same.count());
+    frame = same.leaders(frame);
+    same.meet();  // what the leader acquired, all have
+    const bool found = frame != PageFrames::kNoFrame;
+    if (found) {
+      ++hits_;
+      if (!keeps) {
+        value =
+            *reinterpret_cast<const T*>(frames_.data(frame) + (at & ((std::uint64_t{1} << frames_.line_shift()) - 1)));
+      }
+    }
+    same.meet();  // all have read
+    if (found && !keeps && same.leads()) frames_.unpin(frame, same.count());
     return found;
   }
 
   // The same, from the drive if need be; what went wrong, or 0.
-  GPUNVME_DEVICE std::uint64_t get(std::uint64_t index, T& value) const {
+  GPUNVME_DEVICE std::uint64_t get(std::uint64_t index, std::uint32_t& frame, bool keeps, T& value) const {
     const Lanes lanes = Lanes::here();
     const bool inside = index < size_;
-    const bool missing = !look_up(lanes, index, value) && inside;
+    const bool missing = !look_up(lanes, index, frame, keeps, value) && inside;
     if (!lanes.any(missing)) return inside ? 0 : Failure::word({Fate::kDone, kOutOfRange, 0}, 0);
-    const detail::Got got = detail::bring(cache_, lanes, missing, index * sizeof(T), sizeof(T), false);
+    const detail::Got got = detail::bring(cache_, lanes, missing, index * sizeof(T), sizeof(T), keeps);
     if (!missing) return inside ? 0 : Failure::word({Fate::kDone, kOutOfRange, 0}, 0);
     ++misses_;
-    if (got.failure == 0) detail::copy_aligned<sizeof(T)>(&value, got.value);
+    frame = got.frame;
+    if (got.failure == 0 && !keeps) detail::copy_aligned<sizeof(T)>(&value, got.value);
     return got.failure;
   }
 

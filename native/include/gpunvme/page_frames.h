@@ -52,11 +52,19 @@ class PageFrames {
 
   // Pins a line for `count` threads if it is there; its frame. Called by one of them.
   GPUNVME_DEVICE Look pin(std::uint64_t line, std::uint32_t count, std::uint32_t& frame) const {
-    frame = find(line, set_of(line) * kWays);
+    const std::uint64_t first = set_of(line) * kWays;
+    frame = find(line, first);
     if (frame == kNoFrame) return Look::kAbsent;
-    const Look look = pin_named(frame, line, count);
-    if (look == Look::kBusy) frame = kNoFrame;
-    return look;
+    // Acquire: the bytes were written before the line became ready.
+    const std::uint64_t before = Near(words_[frame]).add_acquire(count * kPin);
+    if (!has(before, line)) {  // it was, a moment ago
+      Near(words_[frame]).add_relaxed(~(count * kPin) + 1);
+      frame = kNoFrame;
+      return Look::kBusy;
+    }
+    if ((before & kState) == kLoadingState) return Look::kLoading;
+    if ((before & kUsed) == 0) Near(words_[frame]).or_relaxed(kUsed);
+    return Look::kReady;
   }
 
   // As pin(), for lines whose bytes are there: everything else is none of the caller's business.
@@ -66,24 +74,6 @@ class PageFrames {
     if (look == Look::kLoading) unpin(frame, count);
     return look == Look::kReady ? frame : kNoFrame;
   }
-
-#if defined(GPUNVME_WARPS)
-  // The same for a whole warp that wants one line, a pin for each lane: they look at the frames side by side.
-  GPUNVME_DEVICE std::uint32_t pin_ready(const Warp& warp, std::uint64_t line) const {
-    const std::uint64_t first = set_of(line) * kWays;
-    const std::uint64_t mine = Near(words_[first + warp.rank() % kWays]).load_relaxed();
-    // Only what the first of them see counts: the others may look a moment later, and see another name.
-    const std::uint32_t named = warp.vote(has(mine, line)) & ((1u << kWays) - 1);
-    if (named == 0) return kNoFrame;
-    const auto frame = static_cast<std::uint32_t>(first + lowest_bit(named));
-    auto look = static_cast<std::uint32_t>(Look::kBusy);
-    if (warp.leads()) {
-      look = static_cast<std::uint32_t>(pin_named(frame, line, warp.count()));
-      if (look == static_cast<std::uint32_t>(Look::kLoading)) unpin(frame, warp.count());
-    }
-    return static_cast<Look>(warp.leaders(look)) == Look::kReady ? frame : kNoFrame;
-  }
-#endif
 
   // Gives the pins of `count` threads back: they have read what they wanted.
   GPUNVME_DEVICE void unpin(std::uint32_t frame, std::uint32_t count) const {
@@ -159,19 +149,6 @@ class PageFrames {
 #endif
     while (set >= sets_) set -= sets_;  // once, for lines of kLineBits
     return set;
-  }
-
-  // Pins a frame that had the line's name a moment ago: kReady, kLoading, or kBusy without a pin.
-  GPUNVME_DEVICE Look pin_named(std::uint32_t frame, std::uint64_t line, std::uint32_t count) const {
-    // Acquire: the bytes were written before the line became ready.
-    const std::uint64_t before = Near(words_[frame]).add_acquire(count * kPin);
-    if (!has(before, line)) {
-      Near(words_[frame]).add_relaxed(~(count * kPin) + 1);
-      return Look::kBusy;
-    }
-    if ((before & kState) == kLoadingState) return Look::kLoading;
-    if ((before & kUsed) == 0) Near(words_[frame]).or_relaxed(kUsed);
-    return Look::kReady;
   }
 
   // The frame that has the line's name, from `first` on.

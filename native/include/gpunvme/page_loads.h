@@ -51,7 +51,7 @@ struct PageCache {
   std::uint32_t queue_count;
   std::uint32_t line_blocks;
 
-  GPUNVME_DEVICE CacheCounters& some_counters() const { return counters[any_number_below(kStripes)]; }
+  GPUNVME_DEVICE CacheCounters& some_counters() const { return counters[any_number() % kStripes]; }
 
   // Keeps a failure for the host, unless there is one.
   GPUNVME_DEVICE void record(std::uint64_t index, std::uint32_t element_bytes, std::uint64_t failure) const {
@@ -84,7 +84,7 @@ template <typename Next, typename Ready>
 GPUNVME_DEVICE void serve(const Lanes& lanes, const PageCache& cache, std::uint32_t batch, const Next& next,
                           const Ready& ready) {
   enum class Step { kNone, kLook, kWait, kLoad };
-  const GpuQueue queue = cache.queues[lanes.leaders(any_number_below(cache.queue_count))];  // in registers
+  const GpuQueue queue = cache.queues[lanes.leaders(any_number()) % cache.queue_count];  // in registers
   const PageFrames frames = cache.frames;
   const WarpQueue pair(queue.pair);
   // Longer than the one who loads may take: each command is waited for, for a slot first, and some are repeated.

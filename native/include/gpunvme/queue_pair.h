@@ -319,12 +319,7 @@ class QueuePair {
   }
 
   GPUNVME_HD std::uint32_t position(std::uint64_t ticket) const {
-    if (GPUNVME_USUALLY(sq_mask_ != 0)) return static_cast<std::uint32_t>(ticket) & sq_mask_;
-    return remainder(ticket, shape_.sq_entries);
-  }
-  // Not inlined: a GPU divides by some dozen instructions.
-  GPUNVME_HD GPUNVME_NOINLINE static std::uint32_t remainder(std::uint64_t ticket, std::uint32_t entries) {
-    return static_cast<std::uint32_t>(ticket % entries);
+    return static_cast<std::uint32_t>(sq_mask_ != 0 ? ticket & sq_mask_ : ticket % shape_.sq_entries);
   }
   // What tells a written entry from one of an earlier round.
   GPUNVME_HD static std::uint32_t mark(std::uint64_t ticket) { return static_cast<std::uint32_t>(ticket) + 1; }

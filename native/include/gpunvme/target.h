@@ -19,8 +19,3 @@
 #if defined(__CUDACC__) || defined(GPUNVME_SIMT)
 #define GPUNVME_WARPS 1
 #endif
-
-// What a condition is as a rule. The code for the other case is then out of the way: a lone warp waits for every
-// instruction that is not next to the last one.
-#define GPUNVME_USUALLY(condition) __builtin_expect(!!(condition), 1)
-#define GPUNVME_SELDOM(condition) __builtin_expect(!!(condition), 0)

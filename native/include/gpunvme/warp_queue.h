@@ -8,10 +8,95 @@
 #pragma once
 
 #include "gpunvme/lanes.h"
-#include "gpunvme/near.h"
 #include "gpunvme/queue_pair.h"
 
 namespace gpunvme {
+
+// Orders everything before it before the accesses called "published" after it, for the threads of one GPU: one fence
+// where there would be one for each of them. On the host these accesses are releases themselves, which
+// ThreadSanitizer sees.
+GPUNVME_DEVICE inline void publish() {
+#if defined(__CUDACC__)
+  cuda::atomic_thread_fence(cuda::std::memory_order_acq_rel, cuda::thread_scope_device);
+#endif
+}
+
+// An Atomic that only threads of one GPU look at while it is used so. Host code has nothing nearer than its memory.
+template <typename T>
+class Near {
+ public:
+  GPUNVME_DEVICE explicit Near(Atomic<T>& atomic) : atomic_(atomic) {}
+#if defined(__CUDACC__)
+  GPUNVME_DEVICE T load_relaxed() const { return reference().load(cuda::std::memory_order_relaxed); }
+  GPUNVME_DEVICE T load_acquire() const { return reference().load(cuda::std::memory_order_acquire); }
+  GPUNVME_DEVICE void store_relaxed(T value) const { reference().store(value, cuda::std::memory_order_relaxed); }
+  GPUNVME_DEVICE void store_release(T value) const { reference().store(value, cuda::std::memory_order_release); }
+  GPUNVME_DEVICE T exchange_acquire(T value) const {
+    return reference().exchange(value, cuda::std::memory_order_acquire);
+  }
+  GPUNVME_DEVICE T add(T value) const { return reference().fetch_add(value, cuda::std::memory_order_acq_rel); }
+  GPUNVME_DEVICE T add_acquire(T value) const { return reference().fetch_add(value, cuda::std::memory_order_acquire); }
+  GPUNVME_DEVICE void add_release(T value) const { reference().fetch_add(value, cuda::std::memory_order_release); }
+  GPUNVME_DEVICE void subtract_release(T value) const { reference().fetch_sub(value, cuda::std::memory_order_release); }
+  GPUNVME_DEVICE T subtract(T value) const { return reference().fetch_sub(value, cuda::std::memory_order_acq_rel); }
+  GPUNVME_DEVICE T and_acquire(T value) const { return reference().fetch_and(value, cuda::std::memory_order_acquire); }
+  GPUNVME_DEVICE T or_release(T value) const { return reference().fetch_or(value, cuda::std::memory_order_release); }
+  GPUNVME_DEVICE bool compare_exchange_relaxed(T& expected, T desired) const {
+    return reference().compare_exchange_strong(expected, desired, cuda::std::memory_order_relaxed,
+                                               cuda::std::memory_order_relaxed);
+  }
+  GPUNVME_DEVICE bool compare_exchange_acquire(T& expected, T desired) const {
+    return reference().compare_exchange_strong(expected, desired, cuda::std::memory_order_acquire,
+                                               cuda::std::memory_order_relaxed);
+  }
+  GPUNVME_DEVICE void or_relaxed(T value) const { reference().fetch_or(value, cuda::std::memory_order_relaxed); }
+  GPUNVME_DEVICE void and_relaxed(T value) const { reference().fetch_and(value, cuda::std::memory_order_relaxed); }
+  GPUNVME_DEVICE void add_relaxed(T value) const { reference().fetch_add(value, cuda::std::memory_order_relaxed); }
+  // An acquire once a fence follows.
+  GPUNVME_DEVICE T load_before_fence() const { return load_relaxed(); }
+  // After publish().
+  GPUNVME_DEVICE void store_published(T value) const { store_relaxed(value); }
+  GPUNVME_DEVICE void raise_published(T value) const { reference().fetch_max(value, cuda::std::memory_order_relaxed); }
+  GPUNVME_DEVICE bool compare_exchange_published(T& expected, T desired) const {
+    return compare_exchange_relaxed(expected, desired);
+  }
+
+ private:
+  using Reference = cuda::atomic_ref<T, cuda::thread_scope_device>;
+  GPUNVME_DEVICE Reference reference() const { return Reference(reinterpret_cast<T&>(atomic_)); }
+#else
+  T load_relaxed() const { return atomic_.load_relaxed(); }
+  T load_acquire() const { return atomic_.load_acquire(); }
+  void store_relaxed(T value) const { atomic_.store_relaxed(value); }
+  void store_release(T value) const { atomic_.store_release(value); }
+  T exchange_acquire(T value) const { return atomic_.exchange(value); }
+  T add(T value) const { return atomic_.fetch_add(value); }
+  T add_acquire(T value) const { return atomic_.fetch_add(value); }
+  void add_release(T value) const { atomic_.fetch_add(value); }
+  void subtract_release(T value) const { atomic_.fetch_sub(value); }
+  T subtract(T value) const { return atomic_.fetch_sub(value); }
+  T and_acquire(T value) const { return atomic_.fetch_and(value); }
+  T or_release(T value) const { return atomic_.fetch_or(value); }
+  bool compare_exchange_relaxed(T& expected, T desired) const { return atomic_.compare_exchange(expected, desired); }
+  bool compare_exchange_acquire(T& expected, T desired) const { return atomic_.compare_exchange(expected, desired); }
+  void or_relaxed(T value) const { atomic_.fetch_or(value); }
+  void and_relaxed(T value) const { atomic_.fetch_and(value); }
+  void add_relaxed(T value) const { atomic_.fetch_add(value); }
+  T load_before_fence() const { return atomic_.load_acquire(); }
+  void store_published(T value) const { atomic_.store_release(value); }
+  void raise_published(T value) const {
+    T seen = atomic_.load_relaxed();
+    while (seen < value && !atomic_.compare_exchange(seen, value)) {
+    }
+  }
+  bool compare_exchange_published(T& expected, T desired) const { return atomic_.compare_exchange(expected, desired); }
+
+ private:
+#endif
+  Atomic<T>& atomic_;
+};
+template <typename T>
+Near(Atomic<T>&) -> Near<T>;
 
 // What a read or write command says; everything else in its entry is zero.
 struct IoCommand {
@@ -35,10 +120,10 @@ class WarpQueue {
 
   // A slot for one thread, or kNoSlot.
   GPUNVME_DEVICE std::uint32_t claim(const Alone& alone) const {
-    const std::uint32_t slot = any_number_below(pair_.shape_.slots);
+    const std::uint32_t slot = any_number() % pair_.shape_.slots;
     const std::uint32_t bit = 1u << slot % 32;
     // Taken without a look, which would take as long: most often it is free. Acquire: as below.
-    if (GPUNVME_USUALLY((Near(pair_.free_[slot / 32]).and_acquire(~bit) & bit) != 0)) return slot;
+    if ((Near(pair_.free_[slot / 32]).and_acquire(~bit) & bit) != 0) return slot;
     return claim_any(alone, slot);
   }
 
@@ -46,7 +131,7 @@ class WarpQueue {
   template <typename Group>
   GPUNVME_DEVICE std::uint32_t claim(const Group& lanes) const {
     // From anywhere: a shared hint would cost a way to memory, and bring everybody to the same word.
-    return claim_any(lanes, lanes.leaders(any_number_below(pair_.shape_.slots)));
+    return claim_any(lanes, lanes.leaders(any_number()) % pair_.shape_.slots);
   }
 
   // Gives a slot back whose command is done, or was never submitted. Who has read its buffer has met the caller since.
@@ -70,35 +155,36 @@ class WarpQueue {
     std::uint32_t result = 0;
     if (lanes.leads()) result = static_cast<std::uint32_t>(reserve(lanes.count(), place));
     const auto reserved = static_cast<Submitted>(lanes.leaders(result));
-    bool is_ringer = lanes.leaders(static_cast<std::uint32_t>(place.rings)) != 0;
-    std::uint64_t rung = lanes.leaders(place.rung);
-    std::uint64_t told = rung;
-    if (GPUNVME_USUALLY(reserved == Submitted::kOk)) {
-      const std::uint64_t first = lanes.leaders(place.first);
-      const std::uint64_t ticket = first + lanes.rank();
-      Near(pair_.slots_[slot].ticket).store_relaxed(ticket);
-      Near(pair_.slots_[slot].word).store_relaxed(QueuePair::word_of(QueuePair::kPending, cid));
-      write_entries(lanes, first, command, cid);
-      lanes.meet();  // lanes wrote parts of each other's entries
-      Near written(pair_.written_[pair_.position(ticket)]);
-      if (is_ringer) {
-        // Relaxed: only who rings looks at marks, which is this group. Whoever rings later comes to know of the entry
-        // by `ringers`; the controller by the fence before the doorbell.
-        written.store_relaxed(QueuePair::mark(ticket));
-        // Its own entries need no look where they are the next to be told of.
-        if (rung == first) told = first + lanes.count();
-      } else {
-        // Release: whoever rings for this entry sees it written, and the slot pending.
-        written.store_release(QueuePair::mark(ticket));
-        lanes.meet();
-        std::uint32_t others = 0;
-        if (lanes.leads()) others = Near(pair_.state_->ringers).add(1);
-        is_ringer = lanes.leaders(others) == 0;
-        if (is_ringer) told = rung = lanes.leaders(lanes.leads() ? Near(pair_.state_->rung).load_relaxed() : 0);
-      }
+    const bool is_ringer = lanes.leaders(static_cast<std::uint32_t>(place.rings)) != 0;
+    place.rung = lanes.leaders(place.rung);
+    if (reserved != Submitted::kOk) {
+      if (is_ringer) ring_for_all(lanes, place.rung, place.rung);
+      return reserved;
     }
-    if (is_ringer) ring_for_all(lanes, rung, told);
-    return reserved;
+    const std::uint64_t first = lanes.leaders(place.first);
+    const std::uint64_t ticket = first + lanes.rank();
+    Near(pair_.slots_[slot].ticket).store_relaxed(ticket);
+    Near(pair_.slots_[slot].word).store_relaxed(QueuePair::word_of(QueuePair::kPending, cid));
+    write_entries(lanes, first, command, cid);
+    lanes.meet();  // lanes wrote parts of each other's entries
+    Near written(pair_.written_[pair_.position(ticket)]);
+    if (is_ringer) {
+      // Relaxed: only who rings looks at marks, which is this group. Whoever rings later comes to know of the entry by
+      // `ringers`; the controller by the fence before the doorbell.
+      written.store_relaxed(QueuePair::mark(ticket));
+      // Its own entries need no look where they are the next to be told of.
+      ring_for_all(lanes, place.rung, place.rung == first ? first + lanes.count() : place.rung);
+      return Submitted::kOk;
+    }
+    // Release: whoever rings for this entry sees it written, and the slot pending.
+    written.store_release(QueuePair::mark(ticket));
+    lanes.meet();
+    std::uint32_t others = 0;
+    if (lanes.leads()) others = Near(pair_.state_->ringers).add(1);
+    if (lanes.leaders(others) != 0) return Submitted::kOk;
+    const std::uint64_t rung = lanes.leaders(lanes.leads() ? Near(pair_.state_->rung).load_relaxed() : 0);
+    ring_for_all(lanes, rung, rung);
+    return Submitted::kOk;
   }
 
   // Looks for new CQEs, as many as there are lanes at a time, and finishes the commands that they name; how many it
@@ -107,18 +193,18 @@ class WarpQueue {
   template <typename Group>
   GPUNVME_DEVICE std::uint32_t reap(const Group& lanes, std::uint32_t patience, bool& busy) const {
     Near reaper(pair_.state_->reaper);
-    std::uint64_t was = QueuePair::kReaping;
+    std::uint64_t seen = QueuePair::kReaping;
     if (lanes.leads()) {
-      was = reaper.load_relaxed();
+      seen = reaper.load_relaxed();
       // Acquire: what the last reaper did.
-      if ((was & QueuePair::kReaping) == 0 && !reaper.compare_exchange_acquire(was, was | QueuePair::kReaping))
-        was |= QueuePair::kReaping;
+      if ((seen & QueuePair::kReaping) == 0 && !reaper.compare_exchange_acquire(seen, seen | QueuePair::kReaping))
+        seen |= QueuePair::kReaping;
     }
-    was = lanes.leaders(was);
-    busy = (was & QueuePair::kReaping) != 0;
-    if (GPUNVME_SELDOM(busy)) return 0;
+    seen = lanes.leaders(seen);
+    busy = (seen & QueuePair::kReaping) != 0;
+    if (busy) return 0;
     lanes.meet();  // what the leader acquired, all have
-    std::uint32_t next = QueuePair::next_of(was);
+    std::uint32_t next = QueuePair::next_of(seen);
     std::uint32_t total = 0;
     for (;;) {
       std::uint64_t tag = 0;
@@ -134,7 +220,7 @@ class WarpQueue {
     if (lanes.leads()) {
       // Unless the doorbell is rung, no fence is left to pay for: what this reaper did was published with the last
       // commands.
-      if (GPUNVME_SELDOM(total != 0 && is_doorbell_due(next, total))) {
+      if (total != 0 && is_doorbell_due(next, total)) {
         // After the entries were read: the controller may now write them anew.
         ring_doorbell(pair_.cq_doorbell_, next & ~QueuePair::kPhase);
         publish();  // the next reaper rings after this one
@@ -201,19 +287,20 @@ class WarpQueue {
   // if there is no room.
   GPUNVME_DEVICE Submitted reserve(std::uint32_t count, Place& place) const {
     Near reserved(pair_.state_->reserved);
-    // One thread takes the role without a look first: a look would take as long, and most often nobody has it. Of many
-    // groups few would get it.
-    if (count == 1 || Near(pair_.state_->ringers).load_relaxed() == 0) place.rings = becomes_ringer();
     // All that is needed, on its way at once.
     const bool is_stopped = stopped();
-    if (place.rings) place.rung = Near(pair_.state_->rung).load_relaxed();
+    const std::uint32_t ringers = Near(pair_.state_->ringers).load_relaxed();
     place.first = reserved.load_relaxed();
     // Acquire: the controller has read the entries that will be overwritten.
     const std::uint64_t seen = Near(pair_.state_->head_seen).load_acquire();
-    if (GPUNVME_SELDOM(is_stopped)) return Submitted::kStopped;
-    if (GPUNVME_SELDOM(!has_room(place.first + count - 1, seen))) return Submitted::kFull;
+    if (is_stopped) return Submitted::kStopped;
+    if (!has_room(place.first + count - 1, seen)) return Submitted::kFull;
+    if (ringers == 0 && becomes_ringer()) {
+      place.rings = true;
+      place.rung = Near(pair_.state_->rung).load_relaxed();
+    }
     // Relaxed: the tickets themselves say nothing; entries are published by their marks.
-    while (GPUNVME_SELDOM(!reserved.compare_exchange_relaxed(place.first, place.first + count))) {
+    while (!reserved.compare_exchange_relaxed(place.first, place.first + count)) {
       if (!has_room(place.first + count - 1, Near(pair_.state_->head_seen).load_acquire())) return Submitted::kFull;
     }
     return Submitted::kOk;
@@ -221,7 +308,7 @@ class WarpQueue {
 
   // Whether there is an entry for this ticket; `seen` is what was seen of the head.
   GPUNVME_DEVICE bool has_room(std::uint64_t ticket, std::uint64_t seen) const {
-    if (GPUNVME_USUALLY(!pair_.is_full(ticket, seen))) return true;
+    if (!pair_.is_full(ticket, seen)) return true;
     const std::uint64_t head = Near(pair_.state_->sq_head).load_acquire();
     Near(pair_.state_->head_seen).store_release(head);
     return !pair_.is_full(ticket, head);
@@ -247,7 +334,7 @@ class WarpQueue {
       // Acquire and release as in QueuePair::ring.
       if (lanes.leads()) came = Near(pair_.state_->ringers).subtract(served);
       came = lanes.leaders(came);
-      if (GPUNVME_USUALLY(came == served)) return;
+      if (came == served) return;
       served = came - served;
     }
   }
@@ -302,8 +389,7 @@ class WarpQueue {
   template <typename Group>
   GPUNVME_DEVICE std::uint64_t ring_for_written(const Group& lanes, std::uint64_t rung, std::uint64_t written) const {
     std::uint64_t ticket = written;
-    // A thread for itself does not look for others' entries first: they are counted, and the next round is for them.
-    while (lanes.count() != 1 || written == rung) {
+    for (;;) {
       // Two entries a lane, so that a single one sees at once where it may stop.
       const std::uint64_t mine = ticket + 2 * lanes.rank();
       const std::uint32_t mark = Near(pair_.written_[pair_.position(mine)]).load_before_fence();
@@ -315,7 +401,7 @@ class WarpQueue {
       ticket += lanes.from(full, both);
       break;
     }
-    if (GPUNVME_SELDOM(ticket == rung)) return rung;
+    if (ticket == rung) return rung;
     // The entries are written: the leader's fence, in ring_doorbell(), is for what it has seen itself.
     if (lanes.count() > 1) publish();
     lanes.meet();
@@ -337,11 +423,10 @@ class WarpQueue {
   // The CQ head doorbell is rung when a quarter of the queue, or its end, was passed: the controller has room for the
   // rest meanwhile, and rings cost a fence.
   GPUNVME_DEVICE bool is_doorbell_due(std::uint32_t next, std::uint32_t total) const {
+    const std::uint32_t quarter = pair_.shape_.cq_entries / 4;
+    if (quarter <= 1) return true;
     const std::uint32_t at = next & ~QueuePair::kPhase;
-    const std::uint32_t entries = pair_.shape_.cq_entries;
-    // By powers of two: a quarter, or less.
-    const std::uint32_t part = entries < 8 ? 0 : highest_bit(entries / 4);
-    return at < total || at >> part != (at - total) >> part;
+    return at < total || at / quarter != (at - total) / quarter;
   }
 
   // One look at the CQ from `next` on, an entry a lane; how many new ones there are. The reaper only.
@@ -387,7 +472,7 @@ class WarpQueue {
       completed = seen == pending && Near(pair_.slots_[number].word).compare_exchange_published(seen, done);
       late = !completed && seen != given_up &&
              static_cast<std::uint32_t>(seen >> QueuePair::kCidShift) >> pair_.slot_bits_ != pair_.last_generation();
-      if (GPUNVME_SELDOM(seen == given_up)) {
+      if (seen == given_up) {
         // Given up, but now the controller is finished with it: the slot is free again, by one CQE only.
         late = true;
         const std::uint64_t free = QueuePair::word_of(QueuePair::kFree, cid);
@@ -401,7 +486,7 @@ class WarpQueue {
     const std::uint32_t lates = lanes.how_many(late);
     const std::uint32_t bad_heads = lanes.how_many(bad_head);
     if (!lanes.leads()) return;
-    if (completions != 0) Near(state.completed).add_relaxed(completions);
+    count(state.completed, completions);
     count(state.late, lates);
     count(state.unknown, found - completions - lates);
     count(state.bad_head, bad_heads);
@@ -422,7 +507,7 @@ class WarpQueue {
   }
 
   GPUNVME_DEVICE static void count(Atomic<std::uint64_t>& counter, std::uint32_t more) {
-    if (GPUNVME_SELDOM(more != 0)) Near(counter).add_relaxed(more);
+    if (more != 0) Near(counter).add_relaxed(more);
   }
 
   // A copy: in registers. Every acquire empties the L1 cache, and what lies in memory would have to be fetched again.
