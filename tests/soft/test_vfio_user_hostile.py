@@ -103,12 +103,16 @@ def test_a_server_that_hangs_in_the_middle_of_a_question_is_given_up(path: Path)
                 reply(connection, message, fakes.good_answer(message))
                 if message.header.command == Command.REGION_WRITE:
                     connection._socket.send(messages.Header(1, Command.DMA_READ, 32).pack())  # and no more
+                    sent.set()
 
     def is_being_taken() -> bool:
+        # What came before may have had the lock for a moment: who has it now has also read what was sent.
         free = transport._connection._lock.acquire(blocking=False)
         if free:
             transport._connection._lock.release()
-        return not free
+        return not free and sent.is_set() and not transport._connection._channel.readable(0)
+
+    sent = threading.Event()
 
     with scripted(path, script), contextlib.closing(VfioUserTransport(path, timeout=0.2)) as transport:
         eventually(is_being_taken)
