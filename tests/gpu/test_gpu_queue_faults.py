@@ -146,13 +146,13 @@ def test_a_lone_command_is_tried_four_times(stored: bytes, failures: int) -> Non
 def test_a_lone_command_that_is_not_answered_ends_at_its_deadline(stored: bytes) -> None:
     with machine(stored, count=1, timeout=few(0.3, 1.0), driver={"timeout": 0.3}) as m:
         m.inject("drop#3")
-        memory = on_gpu(np.full(6 * BLOCK, 0xEE, np.uint8))
+        # Both now: what brings a lost command back launches kernels, and allocating may wait for them.
+        memory, out = on_gpu(np.full(6 * BLOCK, 0xEE, np.uint8)), Buffer.empty(BLOCK, GPU)
         fates = lone(m.queues, memory, warps=1, rounds=6, blocks=1)[0] >> np.uint64(32)
         assert fates[:3].tolist() == [0, 0, 1]  # after it, the host may already have stopped the queue
         for number, row in enumerate(memory.numpy().reshape(6, BLOCK)):
             expected = stored[number * BLOCK : (number + 1) * BLOCK] if fates[number] == 0 else b"\xee" * BLOCK
             assert row.tobytes() == expected
-        out = Buffer.empty(BLOCK, GPU)
         m.queues.gather([5], out)
         assert out.numpy().tobytes() == stored[5 * BLOCK : 6 * BLOCK]
 

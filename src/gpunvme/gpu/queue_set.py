@@ -259,10 +259,11 @@ class QueueSet:
                 return
             # Completions that come when no kernel waits any more are taken by this one.
             grid = len(self._queue_ids), 1, 1
-            with self.looking:
+            with self.looking, self.running.launching():
                 self._check_not_ended()
                 handle = [ctypes.c_uint64(self.handle)]
                 self._gpu.launch(self._kernels["reap"], grid, (32, 1, 1), handle, self.stream)
+                self._gpu.synchronize(self.stream)
             time.sleep(0.005)
 
     # --- made and left, as a controller's guest
@@ -312,7 +313,7 @@ class QueueSet:
             words += [page, shape.slot_bytes // page, namespace.block_size, shape.piece_blocks]
             words += [namespace.nsid, queue_id]
         count = len(self._queue_ids)
-        with self.looking:
+        with self.looking, self.running.launching():
             self._setups.shadow[:] = np.array(words, np.uint64).view(np.uint8)
             self._gpu.to_gpu(self._setups.address, self._setups.host, self._setups.nbytes, self.stream)
             arguments = [ctypes.c_uint64(self._setups.address), ctypes.c_uint64(self.handle), ctypes.c_uint32(count)]
