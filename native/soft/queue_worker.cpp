@@ -44,12 +44,12 @@ unsigned Worker::help() {
   const bool due = ++passes_ % kPassesPerHelp == 0;
   if (!due && helping_ == 0 && !is_fresh_) return 0;
   // A queue that was long a moment ago is no lone thread's.
-  const bool takes_lone = is_fresh_ || helping_ != 0 || (due && ++helps_ % kHelpsPerLone == 0);
+  const bool takes_lone = is_fresh_ || helping_ != 0 || passes_ % kPassesPerLone == 0;
   is_fresh_ = false;
   const std::uint32_t highest = device_.queues.highest_sq();
   unsigned fetched = 0;
   for (std::uint32_t id = 0; id <= highest; ++id) {
-    if (id % count_ != number_) fetched += serve(device_.queues.sq(id), takes_lone ? 1 : 2);
+    if (id % count_ != number_) fetched += serve(device_.queues.sq(id), takes_lone);
   }
   helping_ = fetched > 1 ? kPassesOfHelp : helping_ > 0 ? helping_ - 1 : 0;
   return fetched;
@@ -82,14 +82,14 @@ void Worker::go_offline() {
   reader_.go_offline();
 }
 
-// Commands of one queue, if `least`, 1 or 2, wait; how many were fetched.
-unsigned Worker::serve(SubmissionQueue& sq, std::uint32_t least) {
+// How many commands of one queue were fetched and executed. One that is alone is left, unless it `takes_lone` ones.
+unsigned Worker::serve(SubmissionQueue& sq, bool takes_lone) {
   // Acquire: with the release of who switched the queue on.
   if (!sq.live.load(std::memory_order_acquire)) return 0;
   const auto tail = std::atomic_ref<std::uint32_t>(*sq.tail_doorbell).load(std::memory_order_relaxed);
   const std::uint32_t head = sq.head.load(std::memory_order_relaxed);
   // Near enough: how long the queue is, its lock guards.
-  if (tail == head || (least > 1 && (tail == head + 1 || tail == 0))) return 0;
+  if (tail == head || (!takes_lone && (tail == head + 1 || tail == 0))) return 0;
 
   // The admin queue stays locked while its commands are executed: they are executed one at a time. Any other queue is
   // free for the next worker as soon as its entries have been copied.

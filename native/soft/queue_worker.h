@@ -36,14 +36,14 @@ class Worker final : public Admin::Worker {
 
  private:
   static constexpr std::uint32_t kBatch = 16;
-  // After so many passes without work of its own a worker looks at the others' queues, and at every so manieth of those
-  // looks it also takes a command that is alone: whose it is would have taken it by then.
+  // At every so manieth pass without work of its own a worker looks at the others' queues, and at some of those also
+  // takes a command that is alone: whose it is would have taken it by then.
   static constexpr std::uint32_t kPassesPerHelp = 4;
-  static constexpr std::uint32_t kHelpsPerLone = 4;
+  static constexpr std::uint32_t kPassesPerLone = 4 * kPassesPerHelp;
   // As long as there is a backlog, and for so many passes after, it looks every time.
   static constexpr std::uint32_t kPassesOfHelp = 64;
 
-  unsigned serve(SubmissionQueue& sq, std::uint32_t least = 1);
+  unsigned serve(SubmissionQueue& sq, bool takes_lone = true);
   unsigned help();
   std::uint32_t fetch(SubmissionQueue& sq);
   bool copy_entries(const SubmissionQueue& sq, std::uint32_t head, std::uint32_t done, std::uint32_t count);
@@ -82,8 +82,7 @@ class Worker final : public Admin::Worker {
   const bool several_;
   const bool uses_ring_;
   std::uint32_t looked_at_ = 0;
-  std::uint32_t passes_ = 0;  // without work of its own
-  std::uint32_t helps_ = 0;
+  std::uint32_t passes_ = 0;   // without work of its own
   std::uint32_t helping_ = 0;  // passes for which it goes on looking every time
   bool is_fresh_ = true;       // it was away: nobody may have looked
   std::vector<FileRing::Finished> finished_;
