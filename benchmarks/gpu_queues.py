@@ -24,18 +24,30 @@ from session import GIB, Session, options, size
 BLOCK = 4096
 LIMITS = "limits"
 DEVICE = "cuda:0"
-# One thread that reads a block, waits for it, copies it, and reads the next.
+# A warp that reads a block, waits for it, copies it, and reads the next: from a queue that others may use, and from one
+# that it has for itself.
 ONE_AT_A_TIME = """
 #include <gpunvme/device.h>
-extern "C" __global__ void one_at_a_time(const gpunvme::GpuQueue* queues, const long long* lbas,
-                                         unsigned long long count, unsigned char* out, unsigned long long* bad) {
+template <typename Read>
+__device__ void one_at_a_time(const long long* lbas, unsigned long long count, unsigned long long* bad, Read&& read) {
   for (unsigned long long i = 0; i < count; ++i) {
-    const gpunvme::Outcome outcome = gpunvme::warp_read(queues[0], lbas[i], 1, out);
+    const gpunvme::Outcome outcome = read(lbas[i]);
     if (!outcome.ok() && threadIdx.x == 0) ++*bad;
     __syncwarp();
   }
 }
+extern "C" __global__ void shared(const gpunvme::GpuQueue* queues, const long long* lbas, unsigned long long count,
+                                  unsigned char* out, unsigned long long* bad) {
+  one_at_a_time(lbas, count, bad, [&](long long lba) { return gpunvme::warp_read(queues[0], lba, 1, out); });
+}
+extern "C" __global__ void exclusive(const gpunvme::GpuQueue* queues, const long long* lbas, unsigned long long count,
+                                     unsigned char* out, unsigned long long* bad) {
+  gpunvme::ExclusiveQueue queue(queues[0]);
+  one_at_a_time(lbas, count, bad, [&](long long lba) { return queue.read(lba, 1, out); });
+  if (!queue.is_exclusive() && threadIdx.x == 0) ++*bad;
+}
 """
+WHOSE = {"shared": "a queue that others may use", "exclusive": "a queue for itself"}
 
 
 def main() -> None:
@@ -71,9 +83,11 @@ def measure_gathers(session: Session, path: str, uri: str, nbytes: int, count: i
 
 
 def measure_latency(session: Session, path: str, uri: str, nbytes: int, count: int) -> None:
-    case = "random 4 KiB to GPU memory, one at a time"
-    session.hold(case, [one_at_a_time(uri, nbytes, count)], lambda: page_cache.bring(path, "hot", nbytes), block=BLOCK)
-    session.target_iops(case, 1 / 7e-6)
+    for kernel, whose in WHOSE.items():
+        case = f"random 4 KiB to GPU memory, one at a time, {whose}"
+        ours = one_at_a_time(uri, nbytes, count, kernel)
+        session.hold(case, [ours], lambda: page_cache.bring(path, "hot", nbytes), block=BLOCK)
+        session.target_iops(case, 1 / 7e-6)
 
 
 def measure_stream(session: Session, path: str, uri: str, nbytes: int, limit: Contestant) -> None:
@@ -110,12 +124,12 @@ def gathers(uri: str, path: str, nbytes: int, count: int, depth: int, rows: int)
     return Contestant("gpunvme", "ours", run, settings=f"{uri}, {count} queues of {depth}", lands=False)
 
 
-def one_at_a_time(uri: str, nbytes: int, rows: int) -> Contestant:
+def one_at_a_time(uri: str, nbytes: int, rows: int, name: str) -> Contestant:
     """Read by one warp that waits for each block."""
     lbas = np.random.default_rng(2).integers(0, nbytes // BLOCK, rows)
 
     def run() -> Run:
-        kernel = gpunvme.gpu.compile(ONE_AT_A_TIME).kernel("one_at_a_time")
+        kernel = gpunvme.gpu.compile(ONE_AT_A_TIME).kernel(name)
         out, bad, places = (Buffer.empty(n, DEVICE) for n in (BLOCK, 8, 8 * rows))
         with gpunvme.nvme.open(uri, queues=1) as controller:
             queues = controller.namespace().gpu_queues(DEVICE, count=1, depth=64)

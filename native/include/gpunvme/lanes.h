@@ -34,6 +34,9 @@ GPUNVME_DEVICE inline std::uint64_t now_ns() {
   return now;
 }
 
+// A clock of this thread's processor, for short times.
+GPUNVME_DEVICE inline std::uint64_t cycles() { return static_cast<std::uint64_t>(clock64()); }
+
 // A number that is another one for other threads and other times.
 GPUNVME_DEVICE inline std::uint32_t any_number() {
   std::uint32_t clock;
@@ -47,6 +50,7 @@ GPUNVME_DEVICE inline std::uint32_t any_number() {
 
 inline std::uint32_t lanes_before() { return (1u << simt::lane_number()) - 1; }
 inline std::uint64_t now_ns() { return simt::now_ns(); }
+inline std::uint64_t cycles() { return now_ns(); }
 inline std::uint32_t any_number() { return simt::random_number(); }
 
 #else
@@ -54,6 +58,7 @@ inline std::uint32_t any_number() { return simt::random_number(); }
 inline std::uint64_t now_ns() {
   return static_cast<std::uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
 }
+inline std::uint64_t cycles() { return now_ns(); }
 inline std::uint32_t any_number() { return static_cast<std::uint32_t>(now_ns()) * 0x9e3779b1u >> 8; }
 
 #endif
@@ -122,6 +127,7 @@ class Alone {
 #if !defined(GPUNVME_WARPS)
 
 using Lanes = Alone;
+using Warp = Alone;
 
 #else
 

@@ -86,7 +86,7 @@ GPUNVME_DEVICE GPUNVME_NOINLINE inline Got bring(const PageCache* cache, Lanes l
       copy_element(got.value, frames.data(frame) + (at & ((std::uint64_t{1} << shift) - 1)), nbytes);
     return keeps;
   };
-  serve(lanes, *cache, 1, next, ready);
+  serve(lanes, *cache, any_number(), 1, next, ready);
   return got;
 }
 

@@ -76,15 +76,16 @@ GPUNVME_DEVICE inline void unpin_here(const PageFrames& frames, std::uint32_t fr
 // Looks after wishes for lines until there are none left: a lane has one at a time. `next(line)` says what the calling
 // lane wishes for, or false. `ready(frame, failure)` hears of each wish's end: the line is in the frame until it
 // returns, and on if it returns true; kNoFrame if the line could not be loaded. New commands are sent when `batch`
-// lanes want to, or nothing else is left to wait for.
+// lanes want to, or nothing else is left to wait for; all on the queue with the number `queue_number` modulo those that
+// there are.
 //
 // Lanes never wait for each other with a pinned line that is ready, nor for a frame with a slot: so whoever has one or
 // the other gets to its end, and gives it back.
 template <typename Next, typename Ready>
-GPUNVME_DEVICE void serve(const Lanes& lanes, const PageCache& cache, std::uint32_t batch, const Next& next,
-                          const Ready& ready) {
+GPUNVME_DEVICE void serve(const Lanes& lanes, const PageCache& cache, std::uint32_t queue_number, std::uint32_t batch,
+                          const Next& next, const Ready& ready) {
   enum class Step { kNone, kLook, kWait, kLoad };
-  const GpuQueue queue = cache.queues[lanes.leaders(any_number()) % cache.queue_count];  // in registers
+  const GpuQueue queue = cache.queues[lanes.leaders(queue_number) % cache.queue_count];  // in registers
   const PageFrames frames = cache.frames;
   const WarpQueue pair(queue.pair);
   // Longer than the one who loads may take: each command is waited for, for a slot first, and some are repeated.

@@ -56,7 +56,8 @@ struct Completion {
 enum class Submitted { kOk, kFull, kStopped };
 enum class Waited { kDone, kTimeout, kStopped };
 
-class WarpQueue;  // in warp_queue.h: the same for the lanes of a warp together
+class WarpQueue;       // in warp_queue.h: the same for the lanes of a warp together
+class ExclusiveQueue;  // in exclusive_queue.h: for one warp alone
 
 class QueuePair {
  public:
@@ -285,6 +286,7 @@ class QueuePair {
 
  private:
   friend class WarpQueue;
+  friend class ExclusiveQueue;
 
   static constexpr std::uint64_t kFree = 0;
   static constexpr std::uint64_t kPending = 1;

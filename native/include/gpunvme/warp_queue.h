@@ -106,6 +106,36 @@ struct IoCommand {
   std::uint64_t prp2;
   std::uint64_t lba;
   std::uint32_t cdw12;  // blocks - 1, and flags
+
+#if defined(GPUNVME_WARPS)
+  // 16 bytes of its entry, one of four.
+  GPUNVME_DEVICE ulonglong2 part(std::uint32_t number, std::uint16_t cid) const {
+    switch (number) {
+      case 0:
+        return make_ulonglong2(
+            (opcode | static_cast<std::uint32_t>(cid) << 16) | static_cast<std::uint64_t>(nsid) << 32, 0);
+      case 1:
+        return make_ulonglong2(0, prp1);
+      case 2:
+        return make_ulonglong2(prp2, lba);
+      default:
+        return make_ulonglong2(cdw12, 0);
+    }
+  }
+#else
+  nvme::Sqe entry(std::uint16_t cid) const {
+    nvme::Sqe sqe{};
+    sqe.opcode = static_cast<std::uint8_t>(opcode);
+    sqe.cid = cid;
+    sqe.nsid = nsid;
+    sqe.prp1 = prp1;
+    sqe.prp2 = prp2;
+    sqe.cdw10 = static_cast<std::uint32_t>(lba);
+    sqe.cdw11 = static_cast<std::uint32_t>(lba >> 32);
+    sqe.cdw12 = cdw12;
+    return sqe;
+  }
+#endif
 };
 
 class WarpQueue {
@@ -242,6 +272,8 @@ class WarpQueue {
   GPUNVME_DEVICE bool stopped() const { return Near(pair_.state_->stopped).load_relaxed() != 0; }
 
  private:
+  friend class ExclusiveQueue;
+
   // The lowest `count` of the bits that are set.
   GPUNVME_DEVICE static std::uint32_t lowest(std::uint32_t bits, std::uint32_t count) {
     if (count_bits(bits) <= count) return bits;
@@ -344,44 +376,17 @@ class WarpQueue {
                                     std::uint16_t cid) const {
 #if defined(GPUNVME_WARPS)
     // Four lanes write one entry, 16 bytes each: whole lines go across PCIe, not parts of them.
-    const std::uint32_t word0 = command.opcode | static_cast<std::uint32_t>(cid) << 16;
+    const std::uint32_t opcode_and_cid = command.opcode | static_cast<std::uint32_t>(cid) << 16;
     for (std::uint32_t part = 0; part < 4; ++part) {
       const std::uint32_t piece = part * lanes.count() + lanes.rank();
       const std::uint32_t whose = piece / 4;
-      const auto their0 = lanes.from(whose, word0);
-      const auto nsid = lanes.from(whose, command.nsid);
-      const auto prp1 = lanes.from(whose, command.prp1);
-      const auto prp2 = lanes.from(whose, command.prp2);
-      const auto lba = lanes.from(whose, command.lba);
-      const auto cdw12 = lanes.from(whose, command.cdw12);
-      ulonglong2 value = make_ulonglong2(0, 0);
-      switch (piece % 4) {
-        case 0:
-          value.x = their0 | static_cast<std::uint64_t>(nsid) << 32;
-          break;
-        case 1:
-          value.y = prp1;
-          break;
-        case 2:
-          value = make_ulonglong2(prp2, lba);
-          break;
-        case 3:
-          value.x = cdw12;
-          break;
-      }
-      reinterpret_cast<ulonglong2*>(pair_.sq_ + pair_.position(first + whose))[piece % 4] = value;
+      const IoCommand theirs{lanes.from(whose, opcode_and_cid), lanes.from(whose, command.nsid),
+                             lanes.from(whose, command.prp1),   lanes.from(whose, command.prp2),
+                             lanes.from(whose, command.lba),    lanes.from(whose, command.cdw12)};
+      reinterpret_cast<ulonglong2*>(pair_.sq_ + pair_.position(first + whose))[piece % 4] = theirs.part(piece % 4, 0);
     }
 #else
-    nvme::Sqe sqe{};
-    sqe.opcode = static_cast<std::uint8_t>(command.opcode);
-    sqe.cid = cid;
-    sqe.nsid = command.nsid;
-    sqe.prp1 = command.prp1;
-    sqe.prp2 = command.prp2;
-    sqe.cdw10 = static_cast<std::uint32_t>(command.lba);
-    sqe.cdw11 = static_cast<std::uint32_t>(command.lba >> 32);
-    sqe.cdw12 = command.cdw12;
-    pair_.sq_[pair_.position(first + lanes.rank())] = sqe;
+    pair_.sq_[pair_.position(first + lanes.rank())] = command.entry(cid);
 #endif
   }
 

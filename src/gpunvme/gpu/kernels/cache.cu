@@ -88,7 +88,8 @@ __device__ void gather_missed(const CacheGather& job) {
     return false;
   };
   const Lanes lanes = Lanes::here();
-  detail::serve(lanes, cache, static_cast<std::uint32_t>(job.batch), next, ready);
+  // By turns: there are as many warps as all queues together have slots for.
+  detail::serve(lanes, cache, warp, static_cast<std::uint32_t>(job.batch), next, ready);
   const std::uint64_t total = lanes.sum(misses);
   if (lanes.leads() && total != 0) Near(cache.some_counters().misses).add_relaxed(total);
 }
@@ -161,7 +162,8 @@ extern "C" __global__ void __launch_bounds__(128) gpunvme_cache_pin(const __grid
     if (failure != 0) cache.record((job.first + now) << cache.frames.line_shift(), 1, failure);
     return true;
   };
-  gpunvme::detail::serve(gpunvme::Lanes::here(), cache, gpunvme::kBatch, next, ready);
+  const std::uint32_t warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  gpunvme::detail::serve(gpunvme::Lanes::here(), cache, warp, gpunvme::kBatch, next, ready);
 }
 
 extern "C" __global__ void __launch_bounds__(128) gpunvme_cache_unpin(const __grid_constant__ gpunvme::CachePins job) {
