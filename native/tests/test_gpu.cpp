@@ -336,6 +336,13 @@ TEST(a_busy_stream_holds_back_nobody_else) {
       Memory host(3 * kMiB, i == 1 ? 1 : 0);
       file.set_cache(i);
       CHECK_EQ(move(file.source, 100, 3 * kMiB, host.address()).total(), 3 * kMiB);
+      // Nor another GPU's: what runs on one may be waiting for the other.
+      DeviceMemory other(1, 12 * kMiB);
+      file.set_cache(i);
+      CHECK_EQ(move(file.source, 100, 12 * kMiB, other.address(), Job::Direction::kRead, 1).total(), 12 * kMiB);
+      CHECK_EQ(first_difference(other.bytes(), Bytes(file.bytes.begin() + 100, file.bytes.begin() + 100 + 12 * kMiB)),
+               -1);
+      CHECK_EQ(move(file.source, 100, 3 * kMiB, other.address(), Job::Direction::kWrite, 1).total(), 3 * kMiB);
     }
     CHECK(!job->done());
     gate.open();

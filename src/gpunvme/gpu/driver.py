@@ -223,6 +223,11 @@ class Gpu:
             call("cuMemHostRegister_v2", address, nbytes, flags)
             return _made("cuMemHostGetDevicePointer_v2", address, 0)
 
+    def address_of_host(self, address: int) -> int:
+        """Address for this GPU of memory that was page-locked, by whichever GPU."""
+        with self.current():
+            return _made("cuMemHostGetDevicePointer_v2", address, 0)
+
     def unregister(self, address: int) -> None:
         """Undo `register`."""
         self._give_back("cuMemHostUnregister", address)
