@@ -28,7 +28,7 @@ def stream_handle(stream: Any, memory: Any, device: Device) -> int | None:
     if not device.is_gpu:
         return None
     if stream is not None and not isinstance(stream, int):
-        index = _device_of(stream)
+        index = device_of_stream(stream)
         if index is not None and index != device.index:
             raise SpanError(f"the stream is on cuda:{index}, the memory on {device}; use a stream of {device}")
     if stream is None:
@@ -45,7 +45,7 @@ def stream_handle(stream: Any, memory: Any, device: Device) -> int | None:
     raise TypeError(f"not a CUDA stream: {type(stream).__module__}.{type(stream).__qualname__}")
 
 
-def _device_of(stream: Any) -> int | None:
+def device_of_stream(stream: Any) -> int | None:
     """The GPU of torch's, CuPy's and cuda.core's streams; None where a stream does not tell, or is any GPU's."""
     device = getattr(stream, "device_id", None)  # CuPy: -1 for the default streams
     if device is None:

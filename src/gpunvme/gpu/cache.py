@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpunvme.errors import CommandError, CudaError, DeadlineExceeded, Failed, NvmeError, RangeError, SpanError
-from gpunvme.gpu.arguments import gpu_span, host_or_gpu_integers
+from gpunvme.gpu.arguments import gpu_span, gpu_stream, host_or_gpu_integers
 from gpunvme.gpu.cache_gathers import THREADS, CacheGathers
 from gpunvme.gpu.cache_memory import CacheMemory
 from gpunvme.gpu.compile import own_kernels
@@ -25,7 +25,6 @@ from gpunvme.memory import Device
 from gpunvme.nvme import spec
 from gpunvme.nvme.movement import describe_failures
 from gpunvme.nvme.namespace import Namespace
-from gpunvme.streams import stream_handle
 
 if TYPE_CHECKING:
     from gpunvme.gpu.queues import GpuQueues
@@ -221,7 +220,7 @@ class CachedArray:
                 f"{count} elements of {each} bytes need {count * each} bytes, aligned to {each}; the destination has "
                 f"{span.nbytes} at {span.ptr:#x}"
             )
-        queue = stream_handle(stream, out, self.device) or 0
+        queue = gpu_stream(stream, out, self._gpu)
         with self._lock:
             self._gathers.launch(places, count, span.ptr, queue)
         if wait:
