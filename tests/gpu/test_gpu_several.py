@@ -33,6 +33,7 @@ from gpu_queue_machine import (
 import files
 import gpunvme
 from gpunvme import _native
+from gpunvme.c_library import c_library
 from gpunvme.doctor import checks_gpu, measure
 from gpunvme.doctor.system import System
 from gpunvme.gpu import CachedArray, GpuQueues
@@ -42,6 +43,7 @@ from gpunvme.memory import Buffer
 pytestmark = MARKS
 GPUS = ("cuda:0", "cuda:1")
 FILE_BYTES = few(48 << 20, 5 << 20) + 1234
+_C_EINVAL = -1  # GPUNVME_EINVAL
 _SECONDS = 60  # after which a thread is taken to hang
 
 
@@ -171,25 +173,24 @@ def test_the_threads_own_context_stays_current(data: bytes, file: gpunvme.File) 
 
 
 BUSY = """
-import sys, ctypes
-import numpy as np
+import ctypes, sys
 import gpunvme
 from gpunvme import nvme
 from gpunvme.gpu.driver import Gpu
 from gpunvme.memory import Buffer
 
-path, nbytes = sys.argv[1], int(sys.argv[2])
+path = sys.argv[1]
 with open(path, "rb") as opened:
-    data = opened.read(nbytes)
+    data = opened.read()
+nbytes = len(data)
 first = Gpu(0)
 kernel = gpunvme.gpu.compile('''
 extern "C" __global__ void spin(volatile unsigned* go_on) { while (*go_on == 0) __nanosleep(1000); }
 ''', device=0).kernel("spin")
 stream, (flag, flag_on_gpu) = first.stream(), first.allocate_host(4096)
-with gpunvme.open(path, path="host") as file, nvme.open(f"soft:ram?size={len(data)//4096*4096}") as controller:
+with gpunvme.open(path, path="host") as file, nvme.open(f"soft:ram?size={nbytes}") as controller:
     namespace = controller.namespace()
-    namespace.write_from(data[: namespace.blocks * namespace.block_size])
-    nbytes = namespace.blocks * namespace.block_size
+    namespace.write_from(data)
     buffers = [Buffer.empty(nbytes, device) for device in (0, 1, 0, 1)]
     # All that is made once is made before the kernel runs.
     file.read_into(buffers[0]); file.read_into(buffers[1])
@@ -206,17 +207,35 @@ with gpunvme.open(path, path="host") as file, nvme.open(f"soft:ram?size={len(dat
     finally:
         ctypes.c_uint32.from_address(flag).value = 1
     for each in behind: each.wait(20)
-    for buffer in buffers: assert buffer.numpy().tobytes() == data[:nbytes]
+    for buffer in buffers: assert buffer.numpy().tobytes() == data
 first.free_host(flag)
 print("well")
 """
 
 
-def test_a_gpu_that_waits_holds_up_no_transfer_of_the_other(path: Path) -> None:
+def test_a_gpu_that_waits_holds_up_no_transfer_of_the_other(tmp_path: Path) -> None:
     """What it waits for may be the other one: a layer there, a collective."""
-    environment = {**os.environ, "GPUNVME_WORKERS": "1"}
-    said = files.output(CHILD + BUSY, path, few(24 << 20, 12 << 20), env=environment, timeout=120)
+    files.make(tmp_path / "file", 20 << 20)  # more than what bytes pass through, of a worker and of a controller
+    said = files.output(CHILD + BUSY, tmp_path / "file", env={"GPUNVME_WORKERS": "1"}, timeout=120)
     assert said == "well\n"
+
+
+def test_the_c_library(path: Path, data: bytes) -> None:
+    library = ctypes.CDLL(str(c_library().file))
+    source, timeout = ctypes.c_uint64(), ctypes.c_int64(60_000)
+    assert library.gpunvme_init(1) == 0
+    try:
+        assert library.gpunvme_open(os.fsencode(path), 0, ctypes.byref(source)) == 0
+        buffers = [Buffer.empty(100_000, gpu) for gpu in GPUS]
+        for device in (1, 0, 1):
+            where = ctypes.c_void_p(buffers[device].ptr)
+            arguments = source, ctypes.c_int64(7), ctypes.c_uint64(100_000), where
+            assert library.gpunvme_read(*arguments, device, None, timeout, None) == 0
+            assert buffers[device].numpy().tobytes() == data[7:100_007]
+            assert library.gpunvme_read(*arguments, 1 - device, None, timeout, None) == _C_EINVAL
+        assert library.gpunvme_close(source) == 0
+    finally:
+        library.gpunvme_shutdown()
 
 
 def test_what_is_said_of_the_second_gpu(file: gpunvme.File) -> None:
@@ -250,7 +269,6 @@ def test_a_namespace_and_both_gpus(machine: Machine, stored: bytes) -> None:
 
 def test_files_on_a_namespace_by_kernels_of_both(machine: Machine, stored: bytes) -> None:
     """The path keeps queues of its own for each GPU, and takes not all there are for the first one."""
-    machine.queues.close()
     with gpunvme.open(machine.namespace, path="gpu-nvme") as opened:
         for gpu in (*reversed(GPUS), *GPUS):
             assert opened.read(3, 70_000, gpu).numpy().tobytes() == stored[3:70_003]

@@ -247,8 +247,8 @@ class Kernel:
         grid, block
             Blocks, and threads of each: a number, or up to three.
         arguments
-            Tensors, arrays and queues of this GPU give their GPU address; an int is 8 bytes, and an address is passed as
-            it is; a float is a double; for other types use ctypes or NumPy scalars.
+            Tensors, arrays and queues of this GPU give their GPU address; an int is 8 bytes, an address of whatever
+            else among them; a float is a double; for other types use ctypes or NumPy scalars.
         stream
             As for `File.read_into`.
         shared

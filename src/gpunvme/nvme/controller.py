@@ -309,8 +309,8 @@ class Controller(AdminCommands):
     def staging(self, device: Device) -> _native.IoStaging:
         """Memory that bytes pass through on their way to memory that the controller does not reach.
 
-        Each GPU's transfers have some of their own: theirs may wait behind a stream of the caller's, and what runs there
-        for another GPU's.
+        Each GPU's transfers have some of their own: they may wait behind a stream of the caller's, and what runs there
+        may be waiting for another GPU's.
         """
         with self._lock:
             staging = self._staging.get(device)
