@@ -112,8 +112,8 @@ class Worker {
 
   Engine& engine_;
   const unsigned index_;
-  // Of each device, the host included. Those of a GPU's jobs may wait behind a stream of the caller's for long, and what
-  // runs there may be waiting for jobs of another GPU, or of the host: these have their own, and go on.
+  // Of each device, the host included. Those of a GPU's jobs may wait behind a stream of the caller's for long, and
+  // what runs there may be waiting for jobs of another GPU, or of the host: these have their own, and go on.
   std::map<int, Slots> slots_;
   std::unique_ptr<DirectQueue> direct_;
   std::list<Operation> operations_;
