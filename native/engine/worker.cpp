@@ -68,7 +68,7 @@ bool Worker::take_back(bool wait) {
 
 Job::Room Worker::room(const Job& job) {
   Job::Room room;
-  // Of those, slots that wait behind a GPU's streams are no reason to begin less for other devices.
+  // For each device: what waits behind one GPU's streams is no reason to begin less for others.
   const std::size_t most = 2 * kMostDirectPieces * std::max<std::size_t>(slots_.size(), 1);
   const bool queue = operations_.size() < most && (direct_ == nullptr || direct_->room());
   const int blocks = slots(job).free_blocks();
