@@ -21,6 +21,7 @@ import files
 import gpunvme
 from fake_cufile import COMPAT, NVIDIA_FS
 from files import MIB
+from gpunvme.cufile import buffers as registered
 from gpunvme.cufile import library
 
 if TYPE_CHECKING:
@@ -395,6 +396,21 @@ def test_a_file_that_cufile_does_not_take(cuda: FakeCuda, cufile: FakeCufile, tm
         cufile.fail("HandleRegister", 5008)
         with pytest.raises(gpunvme.PathError, match=r"cuFile does not take .*5008"):
             opened.read_into(buffer)
+
+
+def test_two_gpus_make_room_for_each_other(
+    cuda: FakeCuda, cufile: FakeCufile, data: bytes, file: gpunvme.File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registrations are few: one GPU's memory is let go in its own context when another's takes its place."""
+    monkeypatch.setattr(registered, "MOST_REGISTERED", 2)
+    memory = [cuda.alloc(MIB, device) for device in (0, 1, 0, 1, 1, 0)]
+    for _ in range(2):
+        for buffer in memory:
+            for _ in range(3):  # registered from the second time on
+                file.read_into(buffer, 7)
+                assert buffer.peek() == data[7 : 7 + MIB]
+            assert cufile.count("live_buffers") == len(registered.REGISTRATIONS) <= 2
+    assert cufile.count("registered_io") > 0
 
 
 def test_nothing_is_left_behind(cuda: FakeCuda, cufile: FakeCufile, direct_file: gpunvme.File) -> None:

@@ -249,8 +249,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     cuda = fake_cuda.use()
     made = Machine(cuda, monkeypatch)
 
-    def gpu_queues(namespace: Any, device: Any) -> Queues:
+    def gpu_queues(namespace: Any, device: Any, *, count: int) -> Queues:
         assert str(device) == "cuda:0"
+        assert 1 <= count < namespace.controller.queues_left()  # one at least is left for the other GPU
         if made.refused:
             raise gpunvme.NvmeError("a test's refusal")
         made.made.append(Queues(made, namespace))

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "cuda_driver.h"
+#include "failure.h"
 
 namespace gpunvme {
 namespace {
@@ -32,7 +33,14 @@ void Slots::allocate() {
 
 Slots::~Slots() {
   if (reserved_ == nullptr) return;
-  if (page_locked_) cuda().MemHostUnregister(memory_);
+  if (page_locked_) {
+    try {
+      CudaContextScope scope(device_);
+      cuda().MemHostUnregister(memory_);
+    } catch (const Failure&) {
+      // The context is gone, and with it what it knew of the memory.
+    }
+  }
   munmap(reserved_, kMemory + kHugePage);
 }
 
@@ -67,12 +75,14 @@ int Slots::adjoining_blocks() const {
 
 void Slots::page_lock() {
   if (tried_to_lock_) return;
+  CudaContextScope scope(device_);
   tried_to_lock_ = true;
   if (memory_ == nullptr) allocate();
   // Touched first, not by MADV_POPULATE_WRITE: that takes the address space's lock, which other workers' page-locking
   // then waits for; page faults do not (Linux 6.4).
   for (std::size_t at = 0; at < kMemory; at += kPage) static_cast<volatile std::uint8_t*>(memory_)[at] = 0;
-  page_locked_ = cuda().MemHostRegister(memory_, kMemory, kHostRegisterPortable) == kCudaSuccess;
+  // For this GPU only: for all of them it would take longer with each.
+  page_locked_ = cuda().MemHostRegister(memory_, kMemory, 0) == kCudaSuccess;
 }
 
 }  // namespace gpunvme

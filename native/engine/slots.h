@@ -1,5 +1,5 @@
-// The buffer memory of one worker: what bytes pass through on their way to a GPU, or where O_DIRECT's alignment
-// forbids reading into the destination. Used by its worker's thread only.
+// The buffer memory of one worker for one device: what bytes pass through on their way to a GPU, or where O_DIRECT's
+// alignment forbids reading into the destination. Used by its worker's thread only.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ class Slots {
   // with larger ones the rings fall out of the CPU's cache (docs/performance.md).
   static constexpr int kBlocks = 8;
 
-  Slots() = default;
+  explicit Slots(int device) : device_(device) {}
   ~Slots();
   Slots(const Slots&) = delete;
   Slots& operator=(const Slots&) = delete;
@@ -29,14 +29,15 @@ class Slots {
   int free_blocks() const;
   int adjoining_blocks() const;  // the most that acquire() would find
 
-  // Page-locks the memory for all GPUs, once. Where the driver refuses, copies still work, slower; then
-  // page_locked() stays false. Expects a current CUDA context.
+  // Page-locks the memory, once, in the GPU's context. Where the driver refuses, copies still work, slower; then
+  // page_locked() stays false. Throws Failure (kCuda) where there is no such GPU.
   void page_lock();
   bool page_locked() const { return page_locked_; }
 
  private:
   void allocate();
 
+  const int device_;
   std::uint8_t* memory_ = nullptr;
   std::uint8_t* reserved_ = nullptr;  // start of the mapping that memory_ is cut from
   std::uint32_t used_ = 0;            // one bit a block

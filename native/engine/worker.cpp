@@ -68,7 +68,9 @@ bool Worker::take_back(bool wait) {
 
 Job::Room Worker::room(const Job& job) {
   Job::Room room;
-  const bool queue = operations_.size() < 2 * kMostDirectPieces && (direct_ == nullptr || direct_->room());
+  // For each device: what waits behind one GPU's streams is no reason to begin less for others.
+  const std::size_t most = 2 * kMostDirectPieces * std::max<std::size_t>(slots_.size(), 1);
+  const bool queue = operations_.size() < most && (direct_ == nullptr || direct_->room());
   const int blocks = slots(job).free_blocks();
   const std::size_t pieces = direct_ == nullptr ? 0 : direct_->in_flight();
   room.direct = queue && pieces < kMostDirectPieces && blocks > kHalf;
@@ -150,7 +152,6 @@ void Worker::end(Operation& operation) {
 void Worker::acquire_slot(Operation& operation, std::uint64_t nbytes, Slots::From from) {
   Slots& slots = this->slots(*operation.job);
   if (operation.job->options().device != kHost) {
-    cuda_make_current(operation.job->options().device);
     slots.page_lock();
     if (!slots.page_locked()) operation.job->note_pageable();
   }

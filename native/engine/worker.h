@@ -76,7 +76,7 @@ class Worker {
   void fail(Operation& operation, const Failure& failure);
   void end(Operation& operation);
   void acquire_slot(Operation& operation, std::uint64_t nbytes, Slots::From from);
-  Slots& slots(const Job& job) { return job.options().device == kHost ? host_slots_ : gpu_slots_; }
+  Slots& slots(const Job& job) { return slots_.try_emplace(job.options().device, job.options().device).first->second; }
 
   // Reading (worker_read.cpp).
   void classify(Job& job, const Piece& window);
@@ -112,9 +112,9 @@ class Worker {
 
   Engine& engine_;
   const unsigned index_;
-  // Those of GPU jobs may wait behind the caller's stream for long. Host jobs have their own, and go on.
-  Slots host_slots_;
-  Slots gpu_slots_;
+  // Of each device, the host included. Those of a GPU's jobs may wait behind a stream of the caller's for long, and
+  // what runs there may be waiting for jobs of another GPU, or of the host: these have their own, and go on.
+  std::map<int, Slots> slots_;
   std::unique_ptr<DirectQueue> direct_;
   std::list<Operation> operations_;
   std::deque<Operation*> pumping_;  // have requests that are not started yet

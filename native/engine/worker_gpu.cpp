@@ -66,7 +66,7 @@ void Worker::copy_segments(Operation& operation, Lane& lane, bool to_device) {
     nbytes.push_back(end - begin);
   }
   std::size_t done = 0;
-  lane.batches = lane.batches && cuda().MemcpyBatchAsync != nullptr && gpu_slots_.page_locked();
+  lane.batches = lane.batches && cuda().MemcpyBatchAsync != nullptr && slots(*operation.job).page_locked();
   while (lane.batches && device.size() - done > 1) {
     const std::size_t count = std::min(device.size() - done, kMostBatched);
     auto* const to = (to_device ? device : host).data() + done;

@@ -94,7 +94,7 @@ CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char byte, std::size_t nbytes,
   DriverCall call("cuMemsetD8Async", DriverCall::kContext);
   if (call.error()) return call.error();
   const StreamPtr found = find_stream(reinterpret_cast<std::uintptr_t>(stream), call.device());
-  if (!found) return kInvalidHandle;
+  if (!found || found->device != call.device()) return kInvalidHandle;
   if (const CUresult error = state().devices[found->device].error) return error;
   if (nbytes == 0) return kCudaSuccess;
   std::byte* const bytes = shadow_of(to, nbytes, found->device);

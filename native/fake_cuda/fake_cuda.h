@@ -19,6 +19,10 @@
 //   - Host memory must lie within one registration or touch none; a registration that is not PORTABLE counts as
 //     pageable on other devices; the device memory of a copy must be on the device of its stream, and the other side
 //     must be host memory (unified addressing would let it be anything).
+//   - Kernels, memory and page-locked memory belong to the context that they were loaded, allocated or registered in: a
+//     launch, a fill, a release in another one is an error, INVALID_HANDLE or INVALID_CONTEXT, as is a launch on a
+//     stream or a record of an event of another context. Waits, queries and copies may name another one's streams and
+//     events, as the CUDA programming guide says ("Multi-Device System").
 //   - Every call on streams, events and memory but cuPointerGetAttribute needs a current context. (Driver 580 wants
 //     none for those that name a stream, an event or memory. The other errors are those that it gave on an H100.)
 //   - Handles are never reused, addresses of device memory hardly ever: a stale one is an error.

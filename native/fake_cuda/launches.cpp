@@ -39,9 +39,10 @@ void* open_library(const void* image) {
   return library;
 }
 
-const simt::Kernel* kernel_of(CUfunction function) {
+// Null, too, for a kernel that was loaded in another context.
+const simt::Kernel* kernel_of(CUfunction function, int device) {
   const auto found = state().functions.find(reinterpret_cast<std::uintptr_t>(function));
-  return found == state().functions.end() ? nullptr : found->second;
+  return found == state().functions.end() || found->second.device != device ? nullptr : found->second.kernel;
 }
 
 bool is_size(const simt::Index& size) { return size.x != 0 && size.y != 0 && size.z != 0; }
@@ -56,7 +57,7 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   if (module == nullptr || image == nullptr) return kInvalidValue;
   if (call.sticky()) return call.sticky();
   if (!state().runs_kernels) return kNotSupported;
-  Module loaded{&simt_find_kernel};
+  Module loaded{&simt_find_kernel, call.device()};
   if (is_library(image)) {
     void* const library = open_library(image);
     void* const find = library == nullptr ? nullptr : dlsym(library, "simt_find_kernel");
@@ -74,11 +75,11 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* 
   if (call.error()) return call.error();
   if (function == nullptr || name == nullptr) return kInvalidValue;
   const auto found = state().modules.find(reinterpret_cast<std::uintptr_t>(module));
-  if (found == state().modules.end()) return kInvalidHandle;
+  if (found == state().modules.end() || found->second.device != call.device()) return kInvalidHandle;
   const simt::Kernel* const kernel = found->second.find(name);
   if (kernel == nullptr) return kNotFound;
   const std::uint64_t id = state().next_handle += 0x10;
-  state().functions.emplace(id, kernel);
+  state().functions.emplace(id, Function{kernel, call.device()});
   *function = reinterpret_cast<CUfunction>(id);
   return call.sticky();
 }
@@ -86,7 +87,7 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* 
 CUresult cuFuncGetAttribute(int* value, int attribute, CUfunction function) {
   DriverCall call("cuFuncGetAttribute", DriverCall::kContext);
   if (call.error()) return call.error();
-  const simt::Kernel* const kernel = kernel_of(function);
+  const simt::Kernel* const kernel = kernel_of(function, call.device());
   if (kernel == nullptr) return kInvalidHandle;
   constexpr int kMaxThreads = 0;
   constexpr int kSharedBytes = 1;
@@ -105,9 +106,9 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
                         void** extra) {
   DriverCall call("cuLaunchKernel", DriverCall::kContext);
   if (call.error()) return call.error();
-  const simt::Kernel* const kernel = kernel_of(function);
+  const simt::Kernel* const kernel = kernel_of(function, call.device());
   const StreamPtr found = find_stream(reinterpret_cast<std::uintptr_t>(stream), call.device());
-  if (kernel == nullptr || !found) return kInvalidHandle;
+  if (kernel == nullptr || !found || found->device != call.device()) return kInvalidHandle;
   if (const CUresult error = state().devices[found->device].error) return error;
   simt::Launch launch{.kernel = kernel,
                       .grid = {grid_x, grid_y, grid_z},

@@ -179,7 +179,10 @@ CUresult cuMemAlloc_v2(CUdeviceptr* pointer, std::size_t nbytes) {
 CUresult cuMemFree_v2(CUdeviceptr pointer) {
   DriverCall call("cuMemFree_v2", DriverCall::kContext);
   if (call.error()) return call.error();
-  return pointer == 0 ? call.sticky() : release_allocation(pointer);
+  if (pointer == 0) return call.sticky();
+  const auto found = state().allocations.find(pointer);
+  if (found != state().allocations.end() && found->second.device != call.device()) return kInvalidContext;
+  return release_allocation(pointer);
 }
 
 CUresult cuMemHostAlloc(void** pointer, std::size_t nbytes, unsigned flags) {
@@ -204,6 +207,7 @@ CUresult cuMemFreeHost(void* pointer) {
   if (pointer == nullptr) return call.sticky();
   const auto found = state().host_ranges.find(reinterpret_cast<std::uintptr_t>(pointer));
   if (found == state().host_ranges.end() || !found->second.allocated) return kInvalidValue;
+  if (found->second.device != call.device()) return kInvalidContext;
   remove_host_range(found, "cuMemFreeHost");
   {
     Shown shown;  // TSan checks that nobody still uses it
@@ -236,6 +240,7 @@ CUresult cuMemHostUnregister(void* pointer) {
     return begin == 0 || overlapping_host_range(begin, 1) != nullptr ? kInvalidValue : kNotRegistered;
   }
   if (found->second.allocated) return kInvalidValue;
+  if (found->second.device != call.device()) return kInvalidContext;
   remove_host_range(found, "cuMemHostUnregister");
   return call.sticky();
 }
@@ -245,7 +250,8 @@ CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* host, unsigned 
   if (call.error()) return call.error();
   if (device == nullptr || flags != 0) return kInvalidValue;
   const auto address = reinterpret_cast<std::uintptr_t>(host);
-  if (overlapping_host_range(address, 1) == nullptr) return kInvalidValue;
+  const auto* const range = overlapping_host_range(address, 1);
+  if (range == nullptr || (!range->second.portable && range->second.device != call.device())) return kInvalidValue;
   *device = address;  // unified addressing
   return call.sticky();
 }

@@ -154,6 +154,12 @@ struct Device {
 // A library with kernels for the emulated GPU.
 struct Module {
   const simt::Kernel* (*find)(const char* name);
+  int device;
+};
+
+struct Function {
+  const simt::Kernel* kernel;
+  int device;
 };
 
 // The k-th next thing fails.
@@ -193,7 +199,7 @@ struct State {
   bool runs_kernels = false;       // device memory is then where its address says
   bool waits_for_kernels = false;  // calls that a running kernel keeps waiting; otherwise they abort
   std::map<std::uint64_t, Module> modules;
-  std::map<std::uint64_t, const simt::Kernel*> functions;
+  std::map<std::uint64_t, Function> functions;
 
   CopyTime copy_time;
   bool held = false;

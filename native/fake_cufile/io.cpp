@@ -32,10 +32,12 @@ std::uint64_t buffer_id_of(std::uint64_t pointer) {
   return cuda().attribute(&id, kBufferId, pointer) == 0 ? id : 0;
 }
 
-bool have_context() {
+void* current_context() {
   void* context = nullptr;
-  return cuda().context(&context) == 0 && context != nullptr;
+  return cuda().context(&context) == 0 ? context : nullptr;
 }
+
+bool have_context() { return current_context() != nullptr; }
 
 void count(State& s, int device, std::size_t nbytes, bool write, bool aligned) {
   if (s.setting("count") == 0 || device < 0) return;
@@ -185,7 +187,7 @@ FAKE_CUFILE_API Error cuFileBufRegister(const void* base, std::size_t nbytes, in
   if (s.buffers.count(pointer) != 0) return error(kAlreadyRegistered);
   const std::uint64_t id = buffer_id_of(pointer);
   if (id == 0) return error(kPointerInvalid);
-  s.buffers[pointer] = {nbytes, id};
+  s.buffers[pointer] = {nbytes, id, current_context()};
   return error(kSuccess);
 }
 
@@ -195,6 +197,7 @@ FAKE_CUFILE_API Error cuFileBufDeregister(const void* base) {
   if (const long long code = s.called("BufDeregister")) return error(code);
   const auto found = s.buffers.find(reinterpret_cast<std::uint64_t>(base));
   if (found == s.buffers.end()) return error(kNotRegistered);
+  if (found->second.context != current_context()) return error(kInvalidContext);
   if (found->second.busy != 0) ++s.counters["busy_deregistrations"];
   s.buffers.erase(found);
   return error(kSuccess);

@@ -36,6 +36,7 @@ struct Handle {
 struct Buffer {
   std::size_t nbytes;
   std::uint64_t buffer_id;
+  void* context;  // that it was registered in
   int busy = 0;
 };
 

@@ -336,6 +336,20 @@ TEST(a_busy_stream_holds_back_nobody_else) {
       Memory host(3 * kMiB, i == 1 ? 1 : 0);
       file.set_cache(i);
       CHECK_EQ(move(file.source, 100, 3 * kMiB, host.address()).total(), 3 * kMiB);
+      // Nor another GPU's: what runs on one may be waiting for the other.
+      DeviceMemory other(1, 5 * kMiB);
+      file.set_cache(i);
+      for (const auto direction : {Job::Direction::kRead, Job::Direction::kWrite}) {
+        const auto there = make_job(direction, 1);
+        there->add({{there->add_file(file.source), 100, 5 * kMiB, other.address()}});
+        there->seal();
+        const bool went_on = there->wait_for(std::chrono::seconds(20));
+        if (!went_on) gate.open();
+        CHECK(!wait(*there));
+        CHECK(went_on);
+      }
+      CHECK_EQ(first_difference(other.bytes(), Bytes(file.bytes.begin() + 100, file.bytes.begin() + 100 + 5 * kMiB)),
+               -1);
     }
     CHECK(!job->done());
     gate.open();

@@ -10,7 +10,7 @@ using namespace testing;
 using gpunvme::Slots;
 
 TEST(blocks_come_from_both_ends_and_never_overlap) {
-  Slots slots;
+  Slots slots(0);
   CHECK_EQ(slots.free_blocks(), Slots::kBlocks);
   std::uint8_t* const bottom = slots.acquire(1, Slots::From::kBottom);
   std::uint8_t* const top = slots.acquire(1, Slots::From::kTop);
@@ -31,7 +31,7 @@ TEST(blocks_come_from_both_ends_and_never_overlap) {
 }
 
 TEST(fragments_are_no_room_for_a_large_piece) {
-  Slots slots;
+  Slots slots(0);
   std::vector<std::uint8_t*> blocks;
   for (int i = 0; i < Slots::kBlocks; ++i) blocks.push_back(slots.acquire(1, Slots::From::kBottom));
   for (std::size_t i = 0; i < blocks.size(); i += 2) slots.release(blocks[i], 1);
@@ -44,7 +44,7 @@ TEST(fragments_are_no_room_for_a_large_piece) {
 TEST(random_blocks_against_a_model) {
   check::Random random(1);
   for (int round = 0; round < check::rounds(20); ++round) {
-    Slots slots;
+    Slots slots(0);
     std::uint8_t* base = slots.acquire(Slots::kBlocks, Slots::From::kBottom);
     slots.release(base, Slots::kBlocks);
     std::vector<bool> used(Slots::kBlocks, false);
@@ -83,8 +83,9 @@ TEST(page_locked_once_and_given_back) {
   fake.reset();
   const std::uint64_t before = fake.counters().page_locked_bytes;
   {
+    // Whatever context is current where they are made, and where they are destroyed.
     gpunvme::CudaContextScope scope(0);
-    Slots slots;
+    Slots slots(1);
     CHECK(!slots.page_locked());
     slots.page_lock();
     slots.page_lock();
@@ -100,7 +101,7 @@ TEST(where_page_locking_is_refused_the_memory_works_all_the_same) {
   fake.reset();
   fake.set_page_lock_limit(0);
   gpunvme::CudaContextScope scope(0);
-  Slots slots;
+  Slots slots(0);
   slots.page_lock();
   slots.page_lock();
   CHECK(!slots.page_locked());

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from gpunvme.errors import SpanError
+
 if TYPE_CHECKING:
     from gpunvme.memory import Device
 
@@ -15,9 +17,20 @@ def stream_handle(stream: Any, memory: Any, device: Device) -> int | None:
     ``stream`` is an int, an object with ``__cuda_stream__`` or one of torch's or CuPy's; None is the
     current stream of the framework that the memory belongs to, else of torch if it uses CUDA, else CUDA's
     default stream.
+
+    Raises
+    ------
+    SpanError
+        If the stream is known to be another GPU's: work there cannot be ordered behind it.
+    TypeError
+        If it is no stream.
     """
     if not device.is_gpu:
         return None
+    if stream is not None and not isinstance(stream, int):
+        index = device_of_stream(stream)
+        if index is not None and index != device.index:
+            raise SpanError(f"the stream is on cuda:{index}, the memory on {device}; use a stream of {device}")
     if stream is None:
         return _framework_stream(memory, device)
     if isinstance(stream, int):
@@ -30,6 +43,15 @@ def stream_handle(stream: Any, memory: Any, device: Device) -> int | None:
         if value is not None:
             return int(value)
     raise TypeError(f"not a CUDA stream: {type(stream).__module__}.{type(stream).__qualname__}")
+
+
+def device_of_stream(stream: Any) -> int | None:
+    """The GPU of torch's, CuPy's and cuda.core's streams; None where a stream does not tell, or is any GPU's."""
+    device = getattr(stream, "device_id", None)  # CuPy: -1 for the default streams
+    if device is None:
+        device = getattr(stream, "device", None)
+        device = getattr(device, "index", getattr(device, "device_id", None))
+    return device if isinstance(device, int) and device >= 0 else None
 
 
 def _framework_stream(memory: Any, device: Device) -> int:

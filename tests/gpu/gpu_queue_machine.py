@@ -41,12 +41,14 @@ GPU = "cuda:0"
 class Machine:
     """A controller, its namespace, and GPU queues."""
 
-    def __init__(self, data: bytes, options: str = "", driver: dict[str, Any] | None = None, **queues: Any) -> None:
+    def __init__(
+        self, data: bytes, options: str = "", driver: dict[str, Any] | None = None, device: int = 0, **queues: Any
+    ) -> None:
         uri = f"soft:ram?size={SIZE}&threads=2&queues=12{options}"
         self.controller = nvme.open(uri, admin_timeout=5, **{"queues": 2, "timeout": 5, **(driver or {})})
         self.namespace = self.controller.namespace()
         self.namespace.write_from(data)
-        self.queues = self.namespace.gpu_queues(0, **{"count": 2, "depth": 64, "placement": PLACEMENT, **queues})
+        self.queues = self.namespace.gpu_queues(device, **{"count": 2, "depth": 64, "placement": PLACEMENT, **queues})
 
     def inject(self, faults: str, seed: int = 1) -> None:
         self.controller.transport.controller.inject(faults, seed)

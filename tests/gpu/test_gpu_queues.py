@@ -34,6 +34,7 @@ import fake_nvtx
 import gpunvme
 from gpunvme import nvme
 from gpunvme.gpu.driver import Gpu
+from gpunvme.gpu.registration import registrations
 from gpunvme.memory import Buffer
 
 pytestmark = MARKS
@@ -78,6 +79,26 @@ def test_other_controllers(stored: bytes, options: str) -> None:
         m.queues.stream(0, SIZE, whole)
         assert whole.numpy().tobytes() == stored
         assert all_slots_are_free(m.queues)
+
+
+def test_doorbells_on_pages_of_their_own(stored: bytes) -> None:
+    """Queues that are made later have other pages than those that were made before; the first may go sooner."""
+    with machine(stored, "&dstrd=10") as m:
+        later = m.namespace.gpu_queues(0, count=2, depth=64)
+        queues = [m.queues, later]
+        assert later.doorbell == m.queues.doorbell
+        pages: set[int] = set()
+        if later.doorbell == "direct":
+            indices = {index for each in queues for index in each._set.doorbells._indices()}
+            pages = {m.controller.transport.doorbells + 4096 * index for index in indices}
+            assert len(pages) == 8
+            assert pages <= registrations._registered.keys()
+        for each in (later, m.queues):
+            out = Buffer.empty(50 * BLOCK, GPU)
+            each.gather(np.arange(50), out)
+            assert out.numpy().tobytes() == stored[: 50 * BLOCK]
+            each.close()
+        assert not pages & registrations._registered.keys()
 
 
 @pytest.mark.parametrize("lba", [0, 7])

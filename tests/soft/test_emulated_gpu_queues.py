@@ -20,7 +20,8 @@ import files
 _SECONDS = 280  # for each file, on a machine that does other things too
 GPU_TESTS = Path(__file__).parent.parent / "gpu"
 FILES = ["test_gpu_queues.py", "test_gpu_queue_faults.py", "test_gpu_queue_kernels.py", "test_gpu_queue_processes.py"]
-FILES += ["test_gpu_exclusive_queue.py", "test_gpu_queue_soak.py", "test_gpu_placements.py", "test_gpu_cache.py"]
+FILES += ["test_gpu_exclusive_queue.py", "test_gpu_several.py", "test_gpu_queue_soak.py", "test_gpu_placements.py"]
+FILES += ["test_gpu_cache.py"]
 CASES = [
     (file, case)
     for file in FILES

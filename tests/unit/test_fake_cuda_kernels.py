@@ -155,6 +155,43 @@ def test_what_cannot_be_launched_is_refused(gpu: Gpu) -> None:
     assert gpu.call("cuModuleLoadData", byref(module), c_char_p(bytes(64))) == NOT_SUPPORTED
 
 
+def test_another_gpus_context_has_nothing_of_this_ones(gpu: Gpu) -> None:
+    """Code that forgets which GPU is current must fail here as it does where there are several."""
+    out, here, host, event = gpu.fake.alloc(PAGE), gpu.stream(), c_void_p(), c_uint64()
+    allocated, registered = c_uint64(), (c_ubyte * PAGE)()
+    gpu.ok("cuMemHostAlloc", byref(host), c_size_t(PAGE), 0)
+    gpu.ok("cuMemHostRegister_v2", registered, c_size_t(PAGE), 2)
+    gpu.ok("cuMemAlloc_v2", byref(allocated), c_size_t(PAGE))
+    gpu.ok("cuEventCreate", byref(event), 2)
+    other = c_uint64()
+    gpu.ok("cuDevicePrimaryCtxRetain", byref(other), 1)
+    gpu.ok("cuCtxPushCurrent_v2", other)
+    there, address = gpu.stream(), c_uint64()
+    handle, context = fake_cuda.INVALID_HANDLE, fake_cuda.INVALID_CONTEXT
+    assert gpu.launch("set", c_uint64(out.ptr), c_uint(1)) == handle
+    assert gpu.launch("set", c_uint64(out.ptr), c_uint(1), stream=there) == handle
+    assert gpu.call("cuModuleGetFunction", byref(c_uint64()), gpu.module, b"set") == handle
+    assert gpu.call("cuMemsetD8Async", c_uint64(out.ptr), c_ubyte(1), c_size_t(8), c_uint64(here)) == handle
+    assert gpu.call("cuEventRecord", event, c_uint64(there)) == handle
+    assert gpu.call("cuMemFree_v2", allocated) == context
+    assert gpu.call("cuMemFreeHost", host) == context
+    assert gpu.call("cuMemHostUnregister", registered) == context
+    # What is not portable is not this GPU's; what cuMemHostAlloc makes always is.
+    assert gpu.call("cuMemHostGetDevicePointer_v2", byref(address), registered, 0) == fake_cuda.INVALID_VALUE
+    gpu.ok("cuMemHostGetDevicePointer_v2", byref(address), host, 0)
+    # Copies, waits and queries may name another GPU's streams and events.
+    gpu.ok("cuMemcpyHtoDAsync_v2", c_uint64(out.ptr), host, c_size_t(8), c_uint64(here))
+    gpu.ok("cuStreamWaitEvent", c_uint64(there), event, 0)
+    gpu.ok("cuStreamSynchronize", c_uint64(here))
+    gpu.ok("cuEventQuery", event)
+    gpu.ok("cuCtxPopCurrent_v2", byref(c_uint64()))
+    assert gpu.launch("set", c_uint64(out.ptr), c_uint(1), stream=there) == handle
+    for function, what in (("cuMemFree_v2", allocated), ("cuMemFreeHost", host), ("cuMemHostUnregister", registered)):
+        gpu.ok(function, what)
+    gpu.ok("cuEventDestroy_v2", event)
+    gpu.ok("cuDevicePrimaryCtxRelease_v2", 1)
+
+
 def test_a_trap_is_an_error_of_its_device_for_good(gpu: Gpu) -> None:
     out, stream = gpu.fake.alloc(PAGE), gpu.stream()
     assert gpu.launch("trap", threads=33, stream=stream) == 0

@@ -130,10 +130,11 @@ class Registrations:
 
     def _deregister(self, registration: _Registration) -> None:
         del self._registered[registration.address]
-        try:
-            library.call("buf_deregister", registration.address)
-        except Error:
-            pass  # cuFile has noticed by itself that the memory is gone
+        with registration.context.current():  # whichever GPU's memory makes room for whose
+            try:
+                library.call("buf_deregister", registration.address)
+            except Error:
+                pass  # cuFile has noticed by itself that the memory is gone
 
     def release(self, registration: _Registration) -> None:
         """One user less."""
@@ -145,8 +146,7 @@ class Registrations:
         with self._lock:
             for each in list(self._registered.values()):
                 if not each.users:
-                    with each.context.current():
-                        self._deregister(each)
+                    self._deregister(each)
             return not self._registered
 
     def __len__(self) -> int:

@@ -32,8 +32,8 @@ def check_cuda(system: System) -> list[Finding]:
     reason = system.probes.cuda_reason()
     if not reason:
         named = [
-            f"{device.get('name', 'GPU')} ({str(device.get('pci_bus_id', '?')).lower()})"
-            for device in system.probes.cuda_devices()
+            f"cuda:{number} {device.get('name', 'GPU')} ({str(device.get('pci_bus_id', '?')).lower()})"
+            for number, device in enumerate(system.probes.cuda_devices())
         ]
         return [Finding(Level.GREEN, "CUDA", f"{', '.join(named)}; driver {driver or 'unknown'}")]
     if not on_bus and driver is None:

@@ -9,11 +9,15 @@ from numpy.typing import NDArray
 
 from gpunvme.arguments import offsets_array
 from gpunvme.errors import SpanError
+from gpunvme.gpu.driver import Gpu
 from gpunvme.memory import Device, Span, check_gpu_span, span_of
+from gpunvme.streams import device_of_stream, stream_handle
 
 # Lanes of a warp that have commands of their own, and how many of them send theirs together: measured. Few slots are
 # used best by many warps, which copy at once.
 _SHAPE, _SMALL_SHAPE, _SMALL = (16, 4), (4, 4), 128
+
+_LAST_DEFAULT_STREAM = 2  # CU_STREAM_PER_THREAD: these are of whichever context is current
 
 
 def warp_shape(slots: int) -> tuple[int, int]:
@@ -45,6 +49,21 @@ def gpu_span(memory: Any, device: Device, owner: str, *, writable: bool) -> Span
         raise SpanError(f"memory is on {span.device}; {owner} {device}")
     check_gpu_span(span, memory)
     return span
+
+
+def gpu_stream(stream: Any, memory: Any, gpu: Gpu) -> int:
+    """Handle of the stream that a kernel is launched on; see `stream_handle`.
+
+    Raises
+    ------
+    SpanError
+        If it is another GPU's. What goes before a kernel would run there, on memory that it does not reach.
+    """
+    handle = stream_handle(stream, memory, Device("cuda", gpu.index)) or 0
+    unknown = stream is not None and handle > _LAST_DEFAULT_STREAM and device_of_stream(stream) is None
+    if unknown and not gpu.owns(handle):
+        raise SpanError(f"stream {handle:#x} is not one of cuda:{gpu.index}; use one that was made there")
+    return handle
 
 
 def host_or_gpu_integers(values: Any, what: str, device: Device, owner: str) -> tuple[NDArray[np.int64] | int, int]:

@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpunvme.errors import CommandError, CudaError, DeadlineExceeded, Failed, NvmeError, RangeError, SpanError
-from gpunvme.gpu.arguments import gpu_span, host_or_gpu_integers
+from gpunvme.gpu.arguments import gpu_span, gpu_stream, host_or_gpu_integers
 from gpunvme.gpu.cache_gathers import THREADS, CacheGathers
 from gpunvme.gpu.cache_memory import CacheMemory
 from gpunvme.gpu.compile import own_kernels
 from gpunvme.gpu.pinned_lines import PinnedLines
+from gpunvme.memory import Device
 from gpunvme.nvme import spec
 from gpunvme.nvme.movement import describe_failures
 from gpunvme.nvme.namespace import Namespace
-from gpunvme.streams import stream_handle
 
 if TYPE_CHECKING:
     from gpunvme.gpu.queues import GpuQueues
@@ -104,7 +104,7 @@ class CachedArray:
         cls,
         source: Any,
         dtype: Any,
-        device: Any = 0,
+        device: Any = None,
         *,
         lba: int = 0,
         length: int | None = None,
@@ -122,7 +122,7 @@ class CachedArray:
         dtype, lba, length, capacity_bytes, line_bytes
             As for `GpuQueues.cached_array`.
         device
-            The GPU.
+            The GPU; if None, that of the queues where they are given, else GPU 0.
         threads
             Of the software controller that serves a file.
 
@@ -130,6 +130,8 @@ class CachedArray:
         ------
         FileError
             If the file cannot be opened, or its size is no multiple of 512 bytes.
+        SpanError
+            If ``source`` is queues of another GPU.
         """
         from gpunvme.gpu.queues import GpuQueues
 
@@ -143,9 +145,11 @@ class CachedArray:
                 uri = text if is_uri else _uri_of_file(Path(os.fsdecode(text)), threads)
                 source = made.enter_context(nvme.open(uri, queues=1)).namespace()
             if isinstance(source, Namespace):
-                source = made.enter_context(source.gpu_queues(device, slot_bytes=line_bytes))
+                source = made.enter_context(source.gpu_queues(0 if device is None else device, slot_bytes=line_bytes))
             if not isinstance(source, GpuQueues):
                 raise TypeError(f"no file, URI, namespace or GpuQueues: {type(source).__name__}")
+            if device is not None and Device.parse(device) != source.device:
+                raise SpanError(f"the queues are driven by {source.device}, not by {Device.parse(device)}")
             array = cls(source, dtype, lba=lba, length=length, capacity_bytes=capacity_bytes, line_bytes=line_bytes)
             array._owned = made.pop_all()
             return array
@@ -216,7 +220,7 @@ class CachedArray:
                 f"{count} elements of {each} bytes need {count * each} bytes, aligned to {each}; the destination has "
                 f"{span.nbytes} at {span.ptr:#x}"
             )
-        queue = stream_handle(stream, out, self.device) or 0
+        queue = gpu_stream(stream, out, self._gpu)
         with self._lock:
             self._gathers.launch(places, count, span.ptr, queue)
         if wait:

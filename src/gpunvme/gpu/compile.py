@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gpunvme
-from gpunvme.errors import CudaError
+from gpunvme.errors import CudaError, SpanError
 from gpunvme.gpu.driver import Gpu
 from gpunvme.kept_files import cache_directory
 from gpunvme.memory import Device, span_of
@@ -247,16 +247,21 @@ class Kernel:
         grid, block
             Blocks, and threads of each: a number, or up to three.
         arguments
-            Tensors, arrays and queues give their GPU address; an int is 8 bytes, a float is a double; for other types
-            use ctypes or NumPy scalars.
+            Tensors, arrays and queues of this GPU give their GPU address; an int is 8 bytes, an address of whatever
+            else among them; a float is a double; for other types use ctypes or NumPy scalars.
         stream
             As for `File.read_into`.
         shared
             Bytes of dynamic shared memory.
+
+        Raises
+        ------
+        SpanError
+            If an argument or the stream is another GPU's. Where the GPUs reach each other's memory, pass its address.
         """
         device = Device("cuda", self._gpu.index)
         queue = stream_handle(stream, None, device) or 0
-        packed = [_argument(each) for each in arguments]
+        packed = [_argument(each, device) for each in arguments]
         self._gpu.launch(self.handle, _three(grid), _three(block), packed, queue, shared)
 
 
@@ -266,7 +271,7 @@ def _three(size: int | tuple[int, ...]) -> tuple[int, int, int]:
     return x, y, z
 
 
-def _argument(value: Any) -> Any:
+def _argument(value: Any, device: Device) -> Any:
     if isinstance(value, (ctypes._SimpleCData, ctypes.Structure, ctypes.Array)):
         return value
     if hasattr(value, "dtype") and getattr(value, "shape", None) == () and hasattr(value, "tobytes"):
@@ -278,7 +283,14 @@ def _argument(value: Any) -> Any:
     if isinstance(value, float):
         return ctypes.c_double(value)
     handle = getattr(value, "handle", None)
-    return ctypes.c_uint64(handle if isinstance(handle, int) else span_of(value, writable=False).ptr)
+    if isinstance(handle, int):
+        address, where = handle, getattr(value, "device", device)
+    else:
+        span = span_of(value, writable=False)
+        address, where = span.ptr, span.device
+    if isinstance(where, Device) and where.is_gpu and where != device:
+        raise SpanError(f"{type(value).__name__} is on {where}; the kernel was loaded on {device}")
+    return ctypes.c_uint64(address)
 
 
 class Program:

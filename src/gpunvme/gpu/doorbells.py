@@ -47,7 +47,7 @@ class GpuDoorbells:
         self._transport = controller.transport
         self._stride = 4 << controller.registers.cap.dstrd
         self._queue_ids = queue_ids
-        self._page = 0
+        self._pages: dict[int, int] = {}  # of the registers: start, and the GPU's address
         self._forwarder: _Forwarder | None = None
         why = "it was asked for"
         if wanted != "forward":
@@ -74,21 +74,34 @@ class GpuDoorbells:
         room = getattr(self._transport, "doorbells_nbytes", None)
         if room is not None and last > room:
             return f"only {room} bytes of them can be mapped"
-        start, nbytes = page_range(doorbells, last)
+        # Page by page: other queues', maybe another GPU's, may share some of these pages and not all.
         try:
-            base = registrations.add(self._gpu, start, nbytes, may_be_io=True)
+            for index in self._indices():
+                page, _ = page_range(doorbells + self._offset(index), 4)
+                if page not in self._pages:
+                    self._pages[page] = registrations.add(self._gpu, page, PAGE, may_be_io=True)
         except CudaError as error:
+            self._let_go()
             return f"CUDA does not map them ({error})"
-        self._page = start
-        self._base = base + doorbells - start
         return ""
+
+    def _let_go(self) -> None:
+        while self._pages:
+            registrations.remove(self._pages.popitem()[0])
+
+    def _address(self, index: int) -> int:
+        """Of a register, for the GPU."""
+        assert self._transport.doorbells is not None
+        address = self._transport.doorbells + self._offset(index)
+        page, _ = page_range(address, 4)
+        return self._pages[page] + address - page
 
     def addresses(self, queue_id: int) -> tuple[int, int]:
         """For the GPU: a queue's tail doorbell, and its head doorbell."""
         if self._forwarder is not None:
             at = 2 * self._queue_ids.index(queue_id)
             return self._forwarder.gpu_address(at), self._forwarder.gpu_address(at + 1)
-        return self._base + self._offset(2 * queue_id), self._base + self._offset(2 * queue_id + 1)
+        return self._address(2 * queue_id), self._address(2 * queue_id + 1)
 
     def forget(self) -> None:
         """After a reset all doorbells are zero again. No kernel rings meanwhile."""
@@ -103,10 +116,8 @@ class GpuDoorbells:
     def close(self) -> None:
         """Let go of them. Only when no kernel rings any more. Does nothing the second time."""
         self.stop()
-        page, self._page = self._page, 0
+        self._let_go()
         forwarder, self._forwarder = self._forwarder, None
-        if page:
-            registrations.remove(self._gpu, page)
         if forwarder is not None:
             forwarder.free()
 

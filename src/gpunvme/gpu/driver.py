@@ -53,6 +53,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuEventDestroy_v2": (c_uint64,),
 }
 _NOT_READY = 600
+_INVALID_HANDLE = 400
 # CUDA_ERROR_INVALID_VALUE and CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED: what was to be given back is not there.
 _NOT_THERE = 1, 713
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
@@ -223,6 +224,11 @@ class Gpu:
             call("cuMemHostRegister_v2", address, nbytes, flags)
             return _made("cuMemHostGetDevicePointer_v2", address, 0)
 
+    def address_of_host(self, address: int) -> int:
+        """Address for this GPU of memory that was page-locked, by whichever GPU."""
+        with self.current():
+            return _made("cuMemHostGetDevicePointer_v2", address, 0)
+
     def unregister(self, address: int) -> None:
         """Undo `register`."""
         self._give_back("cuMemHostUnregister", address)
@@ -274,6 +280,16 @@ class Gpu:
         """New event, without timing."""
         with self.current():
             return _made("cuEventCreate", _DISABLE_TIMING)
+
+    def owns(self, stream: int) -> bool:
+        """Whether a stream is of this context: only there can its events be recorded."""
+        with self.current():
+            event = _made("cuEventCreate", _DISABLE_TIMING)
+            try:
+                result = libcuda().cuEventRecord(event, stream)
+            finally:
+                libcuda().cuEventDestroy_v2(event)
+        return int(result) != _INVALID_HANDLE
 
     def record(self, event: int, stream: int) -> None:
         """Let an event happen when the stream comes to it."""

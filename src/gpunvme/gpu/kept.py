@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gpunvme import _native
 from gpunvme.gpu.compile import own_kernels
 from gpunvme.gpu.driver import Gpu
+from gpunvme.gpu.queues import MOST_QUEUES
 from gpunvme.memory import Device, Span, address_of
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ class KeptQueues:
         self._process = os.getpid()
         self._closed = False
         self._lanes: list[Lane] = []
-        self.queues = namespace.gpu_queues(device)
+        self.queues = namespace.gpu_queues(device, count=_share(namespace))
         try:
             self.gpu = Gpu(device.index)
             self._cut = own_kernels(self.gpu).kernel("gpunvme_cut")
@@ -169,6 +171,13 @@ class KeptQueues:
             lanes, self._lanes = self._lanes, []
         for lane in lanes:
             lane.close()
+
+
+def _share(namespace: Namespace) -> int:
+    """How many queues a GPU gets: the usual number, but one is left for each GPU that has none here yet."""
+    controller = namespace.controller
+    without = len(_native.cuda_devices()) - 1 - sum(other.controller is controller for other, _ in _kept)
+    return max(1, min(MOST_QUEUES, controller.queues_left() - max(0, without)))
 
 
 _kept: dict[tuple[Namespace, int], KeptQueues] = {}

@@ -16,14 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpunvme.errors import RangeError, SpanError
-from gpunvme.gpu.arguments import gpu_span, host_or_gpu_integers, warp_shape
+from gpunvme.gpu.arguments import gpu_span, gpu_stream, host_or_gpu_integers, warp_shape
 from gpunvme.gpu.driver import Gpu
 from gpunvme.gpu.jobs import MOST_RECORDS, KernelMovement, Room
 from gpunvme.gpu.memory import StreamMemory
 from gpunvme.gpu.placement import describe
 from gpunvme.memory import Device, Span, address_of
 from gpunvme.nvme import spec
-from gpunvme.streams import stream_handle
 from gpunvme.transfer import Transfer
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ class Moves:
             threads=_STREAM_THREADS,
             tail=struct.pack("<5Q", memory.table, memory.stages, pieces, lba, blocks),
             table=0,
-            stream=stream_handle(stream, out, self._device) or 0,
+            stream=gpu_stream(stream, out, self.gpu),
         )
         return self._start(work, (span, out), wait, timeout)
 
@@ -189,7 +188,7 @@ class Moves:
             threads=_ROW_THREADS,
             tail=struct.pack("<5Q", rows, blocks, row_pieces, width, batch),
             table=places,
-            stream=stream_handle(stream, memory, self._device) or 0,
+            stream=gpu_stream(stream, memory, self.gpu),
         )
         return self._start(work, (span, memory, lbas), wait, timeout)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gpunvme.nvme.namespace import Namespace
 
 _KERNELS = ("layout", "set_up", "reap", "gather", "scatter", "stream")
-_MOST_QUEUES = 8  # that are made unless the caller says how many
+MOST_QUEUES = 8  # that are made unless the caller says how many
 _DEPTH = 256  # entries of a queue, the same
 _MOST_SLOTS = 1023  # of a queue: leaves CIDs some generations
 _LEAST_SLOT_BYTES = 4096
@@ -102,7 +102,7 @@ class GpuQueues:
 
     def _take_ids(self, count: int | None) -> list[int]:
         least = 1 if count is None else count
-        taken = self._controller.take_queue_ids(_MOST_QUEUES if count is None else count)
+        taken = self._controller.take_queue_ids(MOST_QUEUES if count is None else count)
         if len(taken) < least:
             self._controller.give_queue_ids(taken)
             raise NvmeError(

@@ -55,7 +55,6 @@ class HostMemory:
     """
 
     def __init__(self, gpu: Gpu, memory: DmaMemory) -> None:
-        self._gpu = gpu
         self.memory = memory
         self._start, nbytes = page_range(memory.address, memory.nbytes)
         try:
@@ -75,7 +74,7 @@ class HostMemory:
 
     def close(self) -> None:
         """Take it away from the GPU, then from the controller."""
-        registrations.remove(self._gpu, self._start)
+        registrations.remove(self._start)
         self.memory.close()
 
 

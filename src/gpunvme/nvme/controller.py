@@ -118,7 +118,7 @@ class Controller(AdminCommands):
         self._guest_ids: set[int] = set()
         self._buffers: dict[int, DmaMemory] = {}
         self._namespaces: dict[int, Namespace] = {}
-        self._staging: dict[bool, _native.IoStaging] = {}
+        self._staging: dict[Device, _native.IoStaging] = {}
         self._staging_memory: list[DmaMemory] = []
         self._closed = False
         self._dead: NvmeError | None = None
@@ -309,15 +309,16 @@ class Controller(AdminCommands):
     def staging(self, device: Device) -> _native.IoStaging:
         """Memory that bytes pass through on their way to memory that the controller does not reach.
 
-        GPU transfers have some of their own: theirs may wait behind a stream of the caller's.
+        Each GPU's transfers have some of their own: they may wait behind a stream of the caller's, and what runs there
+        may be waiting for another GPU's.
         """
         with self._lock:
-            staging = self._staging.get(device.is_gpu)
+            staging = self._staging.get(device)
             if staging is None:
                 slot = max(self.max_bytes, PAGE)
                 memory = allocate_aligned(self.transport, max(_STAGING_BYTES // slot, 2) * slot, self.page_bytes)
                 self._staging_memory.append(memory)
-                staging = self._staging[device.is_gpu] = _native.IoStaging(io_memory(memory), slot)
+                staging = self._staging[device] = _native.IoStaging(io_memory(memory), slot)
             return staging
 
     # --- I/O queues

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpunvme import _native, nvtx_ranges
@@ -111,25 +111,32 @@ class NvmeMovement:
     def add_range(self, lba: int, span: Span) -> None:
         """Add blocks from ``lba`` on, as many as the memory holds."""
         if span.nbytes:
-            self._run.add_range(lba, span.nbytes // self.namespace.block_size, self.memory(span), 0)
+            self._add(self._run.add_range, lba, span.nbytes // self.namespace.block_size, self.memory(span), 0)
 
     def add_blocks(self, lbas: int, count: int, blocks: int, span: Span) -> None:
         """Add ``count`` short runs of blocks, packed; ``lbas`` is the address of an array that the caller keeps."""
         if count:
-            self._run.add_gather(lbas, count, blocks, self.memory(span), 0)
+            self._add(self._run.add_gather, lbas, count, blocks, self.memory(span), 0)
 
     def add_pieces(self, lba: int, spans: Sequence[Span]) -> None:
         """Add one run of blocks that begins at ``lba`` and goes to, or comes from, many pieces of memory."""
         pieces = [(self.memory(span), 0, span.nbytes) for span in spans if span.nbytes]
         if pieces:
-            self._run.add_pieces(lba, pieces)
+            self._add(self._run.add_pieces, lba, pieces)
 
     def add_plain(
         self, opcode: int, cdw10: int = 0, cdw11: int = 0, cdw12: int = 0, *, span: Span | None = None
     ) -> None:
         """Add one command as it is."""
         data = None if span is None else (self.memory(span), 0, span.nbytes)
-        self._run.add_simple(opcode, (cdw10, cdw11, cdw12, 0, 0, 0), data)
+        self._add(self._run.add_simple, opcode, (cdw10, cdw11, cdw12, 0, 0, 0), data)
+
+    @staticmethod
+    def _add(function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except _native.Failure as failure:  # of CUDA: a stream of another GPU, say
+            raise_native(failure)
 
     def seal(self) -> None:
         """Say that everything was added."""
