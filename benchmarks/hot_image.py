@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--program", action="append", help="build/plain/native/test_nvme_one_thread unless given")
     parser.add_argument("--size", type=size, default=GIB, help="of the image (default: 1GiB)")
+    parser.add_argument("--depth", type=int, default=129, help="of the queue; 2: one read at a time (default: 129)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", default="hot_image.json")
     arguments = parser.parse_args()
@@ -39,7 +40,9 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for program in programs:
                 page_cache.bring(str(image), "hot", arguments.size)
-                short, long = (seconds(program, image, arguments.size, commands) for commands in LENGTHS)
+                short, long = (
+                    seconds(program, image, arguments.size, commands, arguments.depth) for commands in LENGTHS
+                )
                 # What is done once, whatever the length, is in both and goes away.
                 found[program].append((long - short) / (LENGTHS[1] - LENGTHS[0]) * 1e6)
     finally:
@@ -49,10 +52,15 @@ def main() -> None:
         print(f"{program}: {statistics.median(each):.2f} us a command ({min(each):.2f} to {max(each):.2f})")
 
 
-def seconds(program: str, image: Path, nbytes: int, commands: int) -> float:
+def seconds(program: str, image: Path, nbytes: int, commands: int, depth: int) -> float:
     """Read so many blocks at random; return the processor time of it, in user and in kernel mode."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    settings = {"GPUNVME_IMAGE": image, "GPUNVME_BLOCKS": nbytes // BLOCK, "GPUNVME_COMMANDS": commands}
+    settings = {
+        "GPUNVME_IMAGE": image,
+        "GPUNVME_BLOCKS": nbytes // BLOCK,
+        "GPUNVME_COMMANDS": commands,
+        "GPUNVME_DEPTH": depth,
+    }
     environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
     subprocess.run([program, "commands"], env=environment, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

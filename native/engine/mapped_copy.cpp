@@ -12,6 +12,8 @@
 #include <mutex>
 #include <utility>
 
+#include "prefetch.h"
+
 namespace gpunvme {
 namespace {
 
@@ -94,6 +96,10 @@ std::size_t copy_mapped(const MappedRange* ranges, std::size_t count) {
   if (sigsetjmp(guard.retreat, 0) == 0) {
     while (done < count) {
       const MappedRange& range = ranges[done];
+      if (done + kPrefetchAhead < count) {
+        const MappedRange& next = ranges[done + kPrefetchAhead];
+        prefetch(next.from, next.nbytes);
+      }
       guard.end = range.from + range.nbytes;
       guard.begin = range.from;
       std::atomic_signal_fence(std::memory_order_seq_cst);  // the handler, on this thread, sees the guard set

@@ -40,6 +40,8 @@ class Backend {
   virtual int flush() = 0;
   // The range reads as zeroes from now on; `deallocate`: its space may be given back.
   virtual int zero(std::uint64_t offset, std::uint64_t nbytes, bool deallocate) = 0;
+  // A hint that this range is read soon.
+  virtual void prefetch(std::uint64_t offset, std::uint64_t nbytes) const = 0;
   // Reads the range where that takes no system call. False: it does, and the segments may hold anything.
   virtual bool read_mapped(const iovec*, std::size_t, std::uint64_t, std::uint64_t) { return false; }
   // What can be read without waiting for a drive: bytes from the start of the range, 0 for nothing.

@@ -110,6 +110,10 @@ class FileBackend : public Backend {
     return 0;
   }
 
+  void prefetch(std::uint64_t offset, std::uint64_t nbytes) const override {
+    if (hot_ != nullptr) hot_->prefetch(offset, nbytes);
+  }
+
   bool read_mapped(const iovec* segments, std::size_t count, std::uint64_t offset, std::uint64_t nbytes) override {
     return hot_ != nullptr && hot_->read(segments, count, offset, nbytes);
   }

@@ -7,6 +7,7 @@
 
 #include "mapped_copy.h"
 #include "page_cache.h"
+#include "prefetch.h"
 
 namespace gpunvme::soft {
 namespace {
@@ -55,6 +56,12 @@ bool HotRegions::read(const iovec* segments, std::size_t count, std::uint64_t of
     done += number;
   }
   return !has_been_cut(segments, count, offset + nbytes);
+}
+
+void HotRegions::prefetch(std::uint64_t offset, std::uint64_t nbytes) const {
+  // Not what is read in another way: walks through page tables that lead nowhere take time as well.
+  if (seen_[FileMapping::region_of(offset)].load(std::memory_order_relaxed) == 0) return;
+  gpunvme::prefetch(mapping_->data() + offset, nbytes);
 }
 
 // Behind the end of a file, the rest of its last page reads as zeros and without a fault, and every page after it

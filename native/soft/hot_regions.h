@@ -28,6 +28,8 @@ class HotRegions {
 
   // Copies the range if all of it is hot; false if the file has to be asked. Any thread.
   bool read(const iovec* segments, std::size_t count, std::uint64_t offset, std::uint64_t nbytes);
+  // A hint that this range is read soon.
+  void prefetch(std::uint64_t offset, std::uint64_t nbytes) const;
   // The page cache has served this range to somebody who asked the file.
   void count_hit(std::uint64_t offset, std::uint64_t nbytes);
 

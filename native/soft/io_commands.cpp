@@ -78,6 +78,12 @@ std::uint16_t IoCommands::find_data(const nvme::Sqe& sqe, std::uint64_t nbytes, 
   return data_.find(dma_, sqe.prp1, sqe.prp2, nbytes, device_.page_bytes, write);
 }
 
+void IoCommands::prefetch(const nvme::Sqe& sqe) const {
+  Range range;
+  if (sqe.opcode != nvme::kNvmRead || find_range(sqe, range) != nvme::kStatusSuccess) return;
+  device_.backend->prefetch(range.offset, range.nbytes);
+}
+
 void IoCommands::count_read(std::uint64_t nbytes) {
   counters_.add(Count::kReads);
   counters_.add(Count::kReadBlocks512, nbytes / 512);

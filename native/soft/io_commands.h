@@ -22,6 +22,8 @@ class IoCommands {
         memory_(device.backend->memory()),
         ring_(device.backend->fd(), device.options.threads > 0) {}
 
+  // A hint that this command is executed soon.
+  void prefetch(const nvme::Sqe& sqe) const;
   // Returns a status, or kPending. `sqe` is the worker's own copy.
   std::uint16_t execute(const nvme::Sqe& sqe, const Ticket& ticket);
   // The status of a command that went on in the ring.

@@ -8,6 +8,7 @@
 
 #include "backend.h"
 #include "failure.h"
+#include "prefetch.h"
 
 namespace gpunvme::soft {
 namespace {
@@ -59,6 +60,10 @@ class MemoryBackend : public Backend {
     // Pages of private memory come back as zeroes.
     if (madvise(memory_ + first, last - first, MADV_DONTNEED) != 0) std::memset(memory_ + first, 0, last - first);
     return 0;
+  }
+
+  void prefetch(std::uint64_t offset, std::uint64_t nbytes) const override {
+    gpunvme::prefetch(memory_ + offset, nbytes);
   }
 
   std::uint64_t read_cached(const iovec* segments, std::size_t count, std::uint64_t offset,

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "prefetch.h"
+
 namespace gpunvme::soft {
 
 Worker::Worker(Device& device, Admin& admin, IovaTable::Reader& reader, Counters& counters, unsigned number,
@@ -107,6 +109,7 @@ unsigned Worker::serve(SubmissionQueue& sq, bool takes_lone) {
       if (admin) {
         execute_admin(sq, batch_[i]);
       } else {
+        look_ahead(i, count);
         execute(sq, batch_[i]);
       }
     }
@@ -191,6 +194,13 @@ bool Worker::accept_tail(SubmissionQueue& sq, std::uint32_t tail, std::uint32_t 
     report_doorbell(nvme::kEventErrorInvalidDoorbellValue, sq.id);
   }
   return false;
+}
+
+// Before command `i` of a batch: asks for blocks of the commands behind it, and at first also for its own, which has to
+// be checked yet before it is copied.
+void Worker::look_ahead(std::uint32_t i, std::uint32_t count) const {
+  const std::uint32_t end = std::min<std::uint32_t>(count, i + kPrefetchAhead + 1);
+  for (std::uint32_t next = i == 0 ? 0 : i + kPrefetchAhead; next < end; ++next) io_.prefetch(batch_[next]);
 }
 
 void Worker::execute(SubmissionQueue& sq, const nvme::Sqe& sqe) {

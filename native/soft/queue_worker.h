@@ -48,6 +48,7 @@ class Worker final : public Admin::Worker {
   std::uint32_t fetch(SubmissionQueue& sq);
   bool copy_entries(const SubmissionQueue& sq, std::uint32_t head, std::uint32_t done, std::uint32_t count);
   bool accept_tail(SubmissionQueue& sq, std::uint32_t tail, std::uint32_t head);
+  void look_ahead(std::uint32_t i, std::uint32_t count) const;
   void execute(SubmissionQueue& sq, const nvme::Sqe& sqe);
   void execute_admin(SubmissionQueue& sq, const nvme::Sqe& sqe);
   bool begin_faults(SubmissionQueue& sq, Decision& decision);

@@ -112,6 +112,22 @@ TEST(a_fault_ends_the_copy_again_and_again) {
   CHECK_EQ(first_difference(memory.data(), pattern(8192, 1).data(), 8192), -1);
 }
 
+// Ranges further on are looked at ahead of time, which may not be taken for touching them.
+TEST(ranges_behind_one_that_faults_may_lie_anywhere) {
+  const MappedFile file(64 * kKiB);
+  contain_sigbus();
+  Memory memory(64 * kKiB);
+  file.cut(16 * kKiB);
+  const auto* const nowhere = reinterpret_cast<const std::uint8_t*>(std::uintptr_t{1} << 46);
+  const MappedRange ranges[] = {{memory.data(), file.data, 4096},
+                                {memory.data() + 4096, file.data + 4096, 1},
+                                {memory.data() + 8192, file.data + 32 * kKiB, 4096},
+                                {memory.data(), nowhere, 4096},
+                                {memory.data(), nullptr, 64}};
+  for (int i = 0; i < 100; ++i) CHECK_EQ(copy_mapped(ranges, 5), 2u);
+  CHECK_EQ(first_difference(memory.data(), pattern(4097, 1).data(), 4097), -1);
+}
+
 TEST(several_threads_fault_at_once) {
   const MappedFile whole(64 * kKiB);
   const MappedFile cut(64 * kKiB);

@@ -113,10 +113,12 @@ std::uint64_t number_in(const char* variable, std::uint64_t otherwise) {
 
 // Random reads of one block, so many as GPUNVME_COMMANDS says: two runs of different length tell the cost of one.
 // GPUNVME_BLOCKS: out of so many. GPUNVME_IMAGE: out of this file and not out of memory.
+// GPUNVME_DEPTH: entries of the queue; one less is in flight.
 TEST(commands) {
   const std::uint64_t count = number_in("GPUNVME_COMMANDS", 10'000);
   const std::uint64_t blocks = number_in("GPUNVME_BLOCKS", kBlocks);
-  Stepped stepped(129, std::getenv("GPUNVME_IMAGE"), blocks);
+  const auto depth = static_cast<std::uint32_t>(number_in("GPUNVME_DEPTH", 129));
+  Stepped stepped(depth, std::getenv("GPUNVME_IMAGE"), blocks);
   std::vector<std::uint64_t> lbas(kBlocks);
   std::mt19937_64 random(1);
   std::uint64_t done = 0;

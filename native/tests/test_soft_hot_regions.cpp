@@ -159,6 +159,43 @@ TEST(a_range_of_which_a_part_is_cold_is_asked_of_the_file) {
   CHECK(!hot.is_mapped((2 << 20) / kBlock));
 }
 
+// A batch's later commands are looked at before they are checked and executed, and before the file is asked.
+TEST(in_one_batch_some_commands_cannot_be_executed_and_the_others_get_their_data) {
+  for (const unsigned threads : {0u, 2u}) {
+    HotImage hot(threads);
+    hot.warm();
+    ImageClient& client = *hot.client;
+    constexpr std::uint64_t kEnd = kBytes / kBlock;
+    const std::vector<std::uint64_t> lbas = {0,    1ull << 60, 16,       ~0ull, 4096,
+                                             kEnd, kEnd - 8,   kEnd - 7, 5000,  1ull << 40};
+    const auto batch = [&](std::uint64_t end, std::uint32_t nsid) {
+      const std::uint16_t first = client.queue.next_cid;
+      for (std::size_t i = 0; i < lbas.size(); ++i) {
+        nvme::Sqe sqe = client.io(nvme::kNvmRead, lbas[i], kBlocks, client.to + i * 4096, 0, nsid);
+        sqe.cid = client.queue.next_cid++;
+        client.put(client.queue, sqe);
+      }
+      client.ring(client.queue);
+      for (std::size_t i = 0; i < lbas.size(); ++i) {
+        const nvme::Cqe cqe = client.wait(client.queue);
+        const auto which = static_cast<std::uint16_t>(cqe.cid - first);
+        CHECK(which < lbas.size());
+        const bool there = nsid == 1 && lbas[which] < end && end - lbas[which] >= kBlocks;
+        CHECK_EQ(nvme::status_code(nvme::cqe_status(cqe.status)) == nvme::kStatusSuccess, there);
+        if (!there) continue;
+        CHECK(std::memcmp(client.memory.at(client.to + which * 4096), &hot.expected[lbas[which] * kBlock],
+                          kBlocks * kBlock) == 0);
+      }
+    };
+    for (int i = 0; i < 20; ++i) batch(kEnd, 1);
+    batch(kEnd, 2);
+    batch(kEnd, 0);
+    constexpr std::uint64_t kShort = 1 << 20;
+    hot.cut(kShort);
+    for (int i = 0; i < 20; ++i) batch(kShort / kBlock, 1);
+  }
+}
+
 TEST(everything_that_is_written_is_seen_at_once) {
   for (const unsigned threads : {0u, 2u}) {
     HotImage hot(threads);
