@@ -85,18 +85,32 @@ void Worker::finish_badly(SubmissionQueue& sq, const Completion& completion, Dec
   }
 }
 
-void Worker::post(SubmissionQueue& sq, const Completion& completion) {
-  // Nothing completes after a fatal error or a reset.
-  if (!device_.serving.load(std::memory_order_relaxed)) [[unlikely]]
-    return;
+void Worker::post(SubmissionQueue& sq, std::span<const Completion> completions) {
+  const SpinGuard guard(sq.cq->lock, several_);
+  post_locked(sq, completions);
+}
+
+// False: another worker is posting there. Only where there are several.
+bool Worker::try_post(SubmissionQueue& sq, std::span<const Completion> completions) {
+  if (!sq.cq->lock.try_lock()) return false;
+  post_locked(sq, completions);
+  sq.cq->lock.unlock();
+  return true;
+}
+
+void Worker::post_locked(SubmissionQueue& sq, std::span<const Completion> completions) {
   CompletionQueue& cq = *sq.cq;
-  const SpinGuard guard(cq.lock, several_);
-  if (cq.waiting.load(std::memory_order_relaxed) || (cq.room() == 0 && !refresh_head_locked(cq))) [[unlikely]] {
-    queue_up(cq, completion);
-    return;
+  for (const Completion& completion : completions) {
+    // Nothing completes after a fatal error or a reset.
+    if (!device_.serving.load(std::memory_order_relaxed)) [[unlikely]]
+      return;
+    if (cq.waiting.load(std::memory_order_relaxed) || (cq.room() == 0 && !refresh_head_locked(cq))) [[unlikely]] {
+      queue_up(cq, completion);
+      continue;
+    }
+    // Acquire: with the release of the worker that copied the entries before this head.
+    write_entry(cq, completion, static_cast<std::uint16_t>(sq.head.load(std::memory_order_acquire)));
   }
-  // Acquire: with the release of the worker that copied the entries before this head.
-  write_entry(cq, completion, static_cast<std::uint16_t>(sq.head.load(std::memory_order_acquire)));
 }
 
 // Under the completion queue's lock, where there is room. False: DMA was refused, which is fatal.
@@ -159,6 +173,8 @@ void Worker::queue_up(CompletionQueue& cq, const Completion& completion) {
 }
 
 void Worker::signal(CompletionQueue& cq) {
+  // Asked first: the flag is on a cache line that every posting takes away.
+  if (!cq.interrupts) return;
   // Completions that others post after this exchange set the flag again, and signal themselves.
   if (cq.signal.load(std::memory_order_relaxed) && cq.signal.exchange(false, std::memory_order_acq_rel)) {
     device_.interrupts.signal(cq.vector);
