@@ -219,7 +219,7 @@ void Worker::execute_together(SubmissionQueue& sq, std::uint32_t count) {
   for (std::uint32_t i = 0; i < count; ++i) {
     const nvme::Sqe& sqe = batch_[i];
     if (ready > 0 && !io_.is_quick(sqe)) {
-      post(sq, {done, ready});
+      post_together(sq, {done, ready}, true);
       ready = 0;
     }
     const std::uint16_t status = io_.execute(sqe, {&sq, sqe.cid, {}});
@@ -228,9 +228,9 @@ void Worker::execute_together(SubmissionQueue& sq, std::uint32_t count) {
       continue;
     }
     done[ready++] = {0, sq.id, sqe.cid, status};
-    if (ready % kPostTogether == 0 && try_post(sq, {done, ready})) ready = 0;
+    if (ready % kPostTogether == 0 && post_together(sq, {done, ready}, false)) ready = 0;
   }
-  if (ready > 0) post(sq, {done, ready});
+  if (ready > 0) post_together(sq, {done, ready}, true);
 }
 
 // Faults that hit before a command is executed. False: it is not.

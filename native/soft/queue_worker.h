@@ -59,10 +59,9 @@ class Worker final : public Admin::Worker {
   // Completions, in queue_worker_completions.cpp.
   void finish(SubmissionQueue& sq, const Completion& completion, const Decision& decision);
   void finish_badly(SubmissionQueue& sq, const Completion& completion, Decision decision);
-  void post(SubmissionQueue& sq, std::span<const Completion> completions);
-  void post(SubmissionQueue& sq, const Completion& completion) { post(sq, {&completion, 1}); }
-  bool try_post(SubmissionQueue& sq, std::span<const Completion> completions);
-  void post_locked(SubmissionQueue& sq, std::span<const Completion> completions);
+  void post(SubmissionQueue& sq, const Completion& completion);
+  bool post_together(SubmissionQueue& sq, std::span<const Completion> completions, bool waits);
+  void post_locked(SubmissionQueue& sq, const Completion& completion);
   bool write_entry(CompletionQueue& cq, const Completion& completion, std::uint16_t sq_head, Decision decision = {});
   bool copy_entry(std::uint64_t iova, const std::uint32_t (&words)[4], Decision decision);
   void queue_up(CompletionQueue& cq, const Completion& completion);
