@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <fstream>
 #include <memory>
 #include <numeric>
 
@@ -93,6 +94,7 @@ struct Shared {
     sqe.nsid = 1;
     sqe.cid = next_cid++;
     sqe.prp1 = data;
+    sqe.cdw10 = sqe.cid;
     std::memcpy(memory.bytes + std::uint64_t{tail} * sizeof sqe, &sqe, sizeof sqe);
     tail = (tail + 1) % kEntries;
   }
@@ -279,7 +281,8 @@ TEST(a_batch_that_a_fatal_error_overtakes_is_not_posted) {
 TEST(reads_of_a_batch_that_the_page_cache_does_not_have_complete_too) {
   const Directory directory;
   const std::string path = directory.file("image");
-  { Shared made(64, &path); }
+  const std::vector<char> bytes(1 << 20, 'x');
+  std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   make_cold(path);
   Shared shared(64, &path);
   shared.sq.unfinished.store(1);
