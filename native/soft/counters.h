@@ -29,7 +29,8 @@ inline constexpr std::array<const char*, kCounts> kCountNames = {
     "errors",           "copied_bytes",   "mapped_bytes", "uring_bytes", "read_512_units", "written_512_units",
     "queue_full_waits", "idle_passes"};
 
-class Counters {
+// On cache lines of its own: its neighbour belongs to another worker.
+class alignas(64) Counters {
  public:
   // No read-modify-write: there is one writer.
   void add(Count what, std::uint64_t amount = 1) {

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 
+#include "spin_lock.h"
+
 namespace gpunvme::soft {
 namespace {
 
@@ -14,14 +16,6 @@ constexpr unsigned kPassesBeforeYield = 2 * kPassesPerYield;
 constexpr std::chrono::microseconds kSpinFor{200};
 constexpr std::chrono::microseconds kShortestSleep{20};
 constexpr std::chrono::microseconds kLongestSleep{1000};
-
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 }  // namespace
 

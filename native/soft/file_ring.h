@@ -30,6 +30,8 @@ class FileRing {
 
   // Makes the ring at the first call. False: io_uring is refused here, or not wanted.
   bool usable();
+  // There is none: it was tried, or is not wanted.
+  bool is_refused() const { return ring_ == nullptr && (tried_ || !allowed_); }
 
   unsigned in_flight() const { return in_flight_; }
   unsigned room() const { return kDepth - in_flight_; }

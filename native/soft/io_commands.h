@@ -26,12 +26,19 @@ class IoCommands {
   void prefetch(const nvme::Sqe& sqe) const;
   // Returns a status, or kPending. `sqe` is the worker's own copy.
   std::uint16_t execute(const nvme::Sqe& sqe, const Ticket& ticket);
+  // Whether a command is a copy of some microseconds, or goes on in the ring if the image has to be waited for.
+  bool is_quick(const nvme::Sqe& sqe) const {
+    return sqe.opcode == nvme::kNvmRead && (sqe.cdw12 & nvme::kRwNlbMask) >> (kQuickShift - device_.lba_shift) == 0 &&
+           (memory_ != nullptr || !ring_.is_refused());
+  }
   // The status of a command that went on in the ring.
   std::uint16_t finish(const FileRing::Finished& finished);
 
   FileRing& ring() { return ring_; }
 
  private:
+  static constexpr unsigned kQuickShift = 14;  // 16 KiB
+
   struct Range {
     std::uint64_t offset;  // in the image
     std::uint64_t nbytes;

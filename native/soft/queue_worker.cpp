@@ -98,23 +98,26 @@ unsigned Worker::serve(SubmissionQueue& sq, bool takes_lone) {
   const bool admin = sq.id == 0;
   if (several_ && !sq.lock.try_lock()) return 0;
   const std::uint32_t count = sq.live.load(std::memory_order_relaxed) ? fetch(sq) : 0;
+  bool alone = true;
   if (several_) {
-    sq.unfinished.fetch_add(count, std::memory_order_relaxed);
-    if (!admin) sq.lock.unlock();
+    // Relaxed: the lock orders it for who deletes the queue. Others are at work on it if it was not 0.
+    if (count > 0) alone = sq.unfinished.fetch_add(count, std::memory_order_relaxed) == 0;
+    if (!admin || count == 0) sq.lock.unlock();
   }
-  if (count > 0) {
-    CompletionQueue& cq = *sq.cq;
-    counters_.add(admin ? Count::kAdminCommands : Count::kCommands, count);
+  if (count == 0) return 0;
+
+  counters_.add(admin ? Count::kAdminCommands : Count::kCommands, count);
+  if (admin) {
+    for (std::uint32_t i = 0; i < count; ++i) execute_admin(sq, batch_[i]);
+  } else if (alone || count < kPostTogether || device_.faults->active() || dma_.is_device()) {
     for (std::uint32_t i = 0; i < count; ++i) {
-      if (admin) {
-        execute_admin(sq, batch_[i]);
-      } else {
-        look_ahead(i, count);
-        execute(sq, batch_[i]);
-      }
+      look_ahead(i, count);
+      execute(sq, batch_[i]);
     }
-    signal(cq);
+  } else {
+    execute_together(sq, count);
   }
+  signal(*sq.cq);
   if (several_) {
     // Release: with the acquire of who deletes the queue. Nothing of it is touched by this worker after this.
     sq.unfinished.fetch_sub(count, std::memory_order_release);
@@ -217,6 +220,30 @@ void Worker::execute(SubmissionQueue& sq, const nvme::Sqe& sqe) {
     return;
   }
   finish(sq, {0, sq.id, sqe.cid, status}, ticket.decision);
+}
+
+// A batch of a long queue that others work on, too. Each taking of the completion queue's lock brings its cache lines
+// from another core: so completions are posted several at a time, and are waited with while another worker is posting.
+// Where nothing takes longer than a copy of some microseconds, so that none waits for long.
+void Worker::execute_together(SubmissionQueue& sq, std::uint32_t count) {
+  Completion done[kBatch];
+  std::uint32_t ready = 0;
+  for (std::uint32_t i = 0; i < count; ++i) {
+    look_ahead(i, count);
+    const nvme::Sqe& sqe = batch_[i];
+    if (ready > 0 && !io_.is_quick(sqe)) {
+      post_together(sq, {done, ready}, true);
+      ready = 0;
+    }
+    const std::uint16_t status = io_.execute(sqe, {&sq, sqe.cid, {}});
+    if (status == IoCommands::kPending) {
+      sq.unfinished.fetch_add(1, std::memory_order_relaxed);
+      continue;
+    }
+    done[ready++] = {0, sq.id, sqe.cid, status};
+    if (ready % kPostTogether == 0 && post_together(sq, {done, ready}, false)) ready = 0;
+  }
+  if (ready > 0) post_together(sq, {done, ready}, true);
 }
 
 // Faults that hit before a command is executed. False: it is not.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "admin.h"
@@ -36,6 +37,8 @@ class Worker final : public Admin::Worker {
 
  private:
   static constexpr std::uint32_t kBatch = 16;
+  // Completions that are worth taking a contended lock for: their entries fill a cache line.
+  static constexpr std::uint32_t kPostTogether = 64 / sizeof(nvme::Cqe);
   // At every so manieth pass without work of its own a worker looks at the others' queues, and at some of those also
   // takes a command that is alone: whose it is would have taken it by then.
   static constexpr std::uint32_t kPassesPerHelp = 4;
@@ -50,13 +53,16 @@ class Worker final : public Admin::Worker {
   bool accept_tail(SubmissionQueue& sq, std::uint32_t tail, std::uint32_t head);
   void look_ahead(std::uint32_t i, std::uint32_t count) const;
   void execute(SubmissionQueue& sq, const nvme::Sqe& sqe);
+  void execute_together(SubmissionQueue& sq, std::uint32_t count);
   void execute_admin(SubmissionQueue& sq, const nvme::Sqe& sqe);
   bool begin_faults(SubmissionQueue& sq, Decision& decision);
 
-  // Completions, in worker_completions.cpp.
+  // Completions, in queue_worker_completions.cpp.
   void finish(SubmissionQueue& sq, const Completion& completion, const Decision& decision);
   void finish_badly(SubmissionQueue& sq, const Completion& completion, Decision decision);
   void post(SubmissionQueue& sq, const Completion& completion);
+  bool post_together(SubmissionQueue& sq, std::span<const Completion> completions, bool waits);
+  void post_locked(SubmissionQueue& sq, const Completion& completion);
   bool write_entry(CompletionQueue& cq, const Completion& completion, std::uint16_t sq_head, Decision decision = {});
   bool copy_entry(std::uint64_t iova, const std::uint32_t (&words)[4], Decision decision);
   void queue_up(CompletionQueue& cq, const Completion& completion);

@@ -85,18 +85,36 @@ void Worker::finish_badly(SubmissionQueue& sq, const Completion& completion, Dec
   }
 }
 
-void Worker::post(SubmissionQueue& sq, const Completion& completion) {
+// Under the completion queue's lock.
+inline void Worker::post_locked(SubmissionQueue& sq, const Completion& completion) {
   // Nothing completes after a fatal error or a reset.
   if (!device_.serving.load(std::memory_order_relaxed)) [[unlikely]]
     return;
   CompletionQueue& cq = *sq.cq;
-  const SpinGuard guard(cq.lock, several_);
   if (cq.waiting.load(std::memory_order_relaxed) || (cq.room() == 0 && !refresh_head_locked(cq))) [[unlikely]] {
     queue_up(cq, completion);
     return;
   }
   // Acquire: with the release of the worker that copied the entries before this head.
   write_entry(cq, completion, static_cast<std::uint16_t>(sq.head.load(std::memory_order_acquire)));
+}
+
+void Worker::post(SubmissionQueue& sq, const Completion& completion) {
+  const SpinGuard guard(sq.cq->lock, several_);
+  post_locked(sq, completion);
+}
+
+// Only where there are several workers. False: another one is posting there, and this was not to wait for it.
+bool Worker::post_together(SubmissionQueue& sq, std::span<const Completion> completions, bool waits) {
+  SpinLock& lock = sq.cq->lock;
+  if (waits) {
+    lock.lock();
+  } else if (!lock.try_lock()) {
+    return false;
+  }
+  for (const Completion& completion : completions) post_locked(sq, completion);
+  lock.unlock();
+  return true;
 }
 
 // Under the completion queue's lock, where there is room. False: DMA was refused, which is fatal.
@@ -159,6 +177,8 @@ void Worker::queue_up(CompletionQueue& cq, const Completion& completion) {
 }
 
 void Worker::signal(CompletionQueue& cq) {
+  // Asked first: the flag is on a cache line that every posting takes away.
+  if (!cq.interrupts) return;
   // Completions that others post after this exchange set the flag again, and signal themselves.
   if (cq.signal.load(std::memory_order_relaxed) && cq.signal.exchange(false, std::memory_order_acq_rel)) {
     device_.interrupts.signal(cq.vector);

@@ -60,32 +60,33 @@ struct Completion {
   std::uint16_t status = 0;  // 15 bits
 };
 
-struct alignas(64) CompletionQueue {
-  SpinLock lock;
-  std::atomic<bool> live{false};
+// In both kinds of queues, what changes with every batch shares one cache line with the lock: whoever takes the lock
+// has all of it. What stays as long as the queue lives is apart from it, and stays in every worker's cache.
+
+struct CompletionQueue {
+  alignas(64) SpinLock lock;
+  // Written under the lock; read without it where a rough answer will do.
+  std::atomic<bool> waiting{false};  // the backlog is not empty, or the queue is stalled
+  std::atomic<bool> signal{false};   // an entry was posted since the last interrupt, where there are any
+  bool phase = true;
+  std::atomic<std::uint32_t> tail{0};                   // the next entry to write
+  std::atomic<std::uint32_t> head{0};                   // what the host has said that it is done with
+  std::uint32_t rejected_head = Doorbells::kUntouched;  // an invalid value that was reported already
+  std::atomic<std::uint64_t> posted{0};
+
+  alignas(64) std::atomic<bool> live{false};
+  bool interrupts = false;
+  std::uint16_t vector = 0;
   std::uint16_t id = 0;
   std::uint32_t entries = 0;
   QueueMemory memory;
   std::uint32_t* head_doorbell = nullptr;
-
-  // Written under the lock; read without it where a rough answer will do.
-  std::atomic<std::uint32_t> tail{0};  // the next entry to write
-  std::atomic<std::uint32_t> head{0};  // what the host has said that it is done with
-  bool phase = true;
-  std::uint32_t rejected_head = Doorbells::kUntouched;  // an invalid value that was reported already
+  std::atomic<std::uint32_t> users{0};  // submission queues that complete here
 
   // Completions that have to wait: the queue is full, or stalled by a fault. Oldest first; bounded, because no command
   // is fetched whose completion would have to wait.
   std::deque<Completion> backlog;
-  std::atomic<bool> waiting{false};  // the backlog is not empty, or the queue is stalled
   Clock::time_point stalled_until{};
-  std::atomic<std::uint64_t> posted{0};
-
-  bool interrupts = false;
-  std::uint16_t vector = 0;
-  std::atomic<bool> signal{false};  // an entry was posted since the last interrupt
-
-  std::atomic<std::uint32_t> users{0};  // submission queues that complete here
 
   // Entries that could be posted now. One stays free: full and empty would look alike.
   std::uint32_t room() const {
@@ -96,24 +97,23 @@ struct alignas(64) CompletionQueue {
   void clear();
 };
 
-struct alignas(64) SubmissionQueue {
-  SpinLock lock;
-  std::atomic<bool> live{false};
-  std::uint16_t id = 0;
-  std::uint32_t entries = 0;
-  QueueMemory memory;
-  CompletionQueue* cq = nullptr;
-  std::uint32_t* tail_doorbell = nullptr;
-
+struct SubmissionQueue {
+  alignas(64) SpinLock lock;
+  bool waits = false;  // the completion queue was full at the latest fetch
   // The next entry to fetch. Stored with release after entries were copied, loaded with acquire for a completion's
   // SQHD: whoever sees the completion may write to the entries before it.
   std::atomic<std::uint32_t> head{0};
   std::uint32_t tail = 0;                               // the latest valid value of the doorbell
   std::uint32_t rejected_tail = Doorbells::kUntouched;  // an invalid value that was reported already
-  bool waits = false;                                   // the completion queue was full at the latest fetch
+  // Fetched and neither completed nor dropped; kept where it may be asked for.
+  std::atomic<std::uint32_t> unfinished{0};
 
-  std::atomic<std::uint32_t> unfinished{
-      0};  // fetched and neither completed nor dropped; kept where it may be asked for
+  alignas(64) std::atomic<bool> live{false};
+  std::uint16_t id = 0;
+  std::uint32_t entries = 0;
+  QueueMemory memory;
+  CompletionQueue* cq = nullptr;
+  std::uint32_t* tail_doorbell = nullptr;
 
   void clear();
 };

@@ -7,6 +7,14 @@
 
 namespace gpunvme::soft {
 
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 class SpinLock {
  public:
   bool try_lock() {
@@ -14,11 +22,20 @@ class SpinLock {
     return !held_.load(std::memory_order_relaxed) && !held_.exchange(true, std::memory_order_acquire);
   }
   void lock() {
-    while (!try_lock()) sched_yield();
+    // The holder is through in less time than a system call takes, unless it has lost its core.
+    for (int round = 0; !try_lock(); ++round) {
+      if (round < kRoundsBeforeYield) {
+        relax();
+      } else {
+        sched_yield();
+      }
+    }
   }
   void unlock() { held_.store(false, std::memory_order_release); }
 
  private:
+  static constexpr int kRoundsBeforeYield = 32;
+
   std::atomic<bool> held_{false};
 };
 

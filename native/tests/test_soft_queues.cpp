@@ -95,22 +95,21 @@ TEST(a_full_completion_queue_is_waited_for) {
 // Completions that were held back come when they come: those for which there is no room then have to wait for it.
 TEST(late_completions_wait_for_room_too) {
   Options options = in_memory();
-  options.faults = "delay:5";
+  options.faults = "delay:1000";  // long enough for all to be fetched before the first is let go
   Client client(options);
   client.enable();
   Pair io = client.create(1, 64, 4);
   const auto buffer = buffer_of(client);
   for (int i = 0; i < 40; ++i) client.submit(io, client.io(nvme::kNvmRead, 0, 1, buffer));
   client.until("all are fetched", [&] { return client.stat("commands") == 40; });
-  std::this_thread::sleep_for(std::chrono::milliseconds(10));
-  for (int i = 0; i < 5; ++i) client.turn();
   std::set<int> seen;
-  int entries = 0;
-  while (const auto cqe = client.poll(io, false)) {
-    seen.insert(cqe->cid);
-    ++entries;
-  }
-  CHECK_EQ(entries, 3);
+  client.until("the completion queue is full", [&] {
+    while (const auto cqe = client.poll(io, false)) seen.insert(cqe->cid);
+    return seen.size() >= 3;
+  });
+  for (int i = 0; i < 5; ++i) client.turn();
+  CHECK(!client.poll(io, false).has_value());
+  CHECK_EQ(seen.size(), 3u);
   client.release(io);
   while (seen.size() < 40) CHECK(seen.insert(client.wait(io).cid).second);
   for (int i = 0; i < 5; ++i) client.turn();

@@ -95,6 +95,21 @@ TEST(many_queues_many_workers_right_data) {
   }
 }
 
+// All of them on one long queue, whose completion queue is full now and then.
+TEST(one_queue_many_workers_right_data) {
+  for (const unsigned threads : {2u, 4u}) {
+    Options options = in_memory();
+    options.threads = threads;
+    Client client(options);
+    client.enable();
+    const int commands = check::rounds(3000);
+    const Pair queue = client.create(1, 65, 33);
+    load(client, queue, 0, commands, client.memory.allocate(65 * 4096));
+    CHECK_EQ(client.stat("commands"), static_cast<std::uint64_t>(commands));
+    CHECK_EQ(client.stat("dma_faults"), 0u);
+  }
+}
+
 // After CC.EN went to 0, or a function-level reset, or a deletion, the queue's memory is the host's again.
 TEST(nothing_is_written_after_a_reset_under_load) {
   for (const unsigned threads : {1u, 3u}) {
