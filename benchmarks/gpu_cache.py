@@ -76,21 +76,30 @@ extern "C" __global__ void __launch_bounds__(256, 8)
 }
 
 // The same elements by an ordinary loop: neighbours in order, and the line that they are in held from one to the next.
-extern "C" __global__ void __launch_bounds__(256, 4)
-    by_held_elements_of_4(const PageCache* cache, const uint4*, unsigned long long lines, unsigned long long* out) {
-  const CachedArray<unsigned> array(cache);
+template <typename T>
+__device__ void add_held_elements(const PageCache* cache, unsigned long long lines, unsigned long long* out) {
+  const CachedArray<T> array(cache);
+  constexpr unsigned kElements = 4096 / sizeof(T);
   const unsigned long long warps = gridDim.x * blockDim.x / 32;
   unsigned long long sum = 0;
-  Line<unsigned> held;
+  Line<T> held;
   for (unsigned long long at = (blockIdx.x * blockDim.x + threadIdx.x) / 32; at < lines; at += warps) {
-    const unsigned long long first = at * 7919 % lines * 1024;
-    for (unsigned i = 0; i < 32; ++i) {
-      unsigned value = 0;
+    const unsigned long long first = at * 7919 % lines * kElements;
+    for (unsigned i = 0; i < kElements / 32; ++i) {
+      T value{};
       if (array.read(first + i * 32 + threadIdx.x % 32, value, held).ok()) sum += sum_of(value);
     }
   }
   held.release();
   finish(sum, out);
+}
+extern "C" __global__ void __launch_bounds__(256, 4)
+    by_held_elements_of_16(const PageCache* cache, const uint4*, unsigned long long lines, unsigned long long* out) {
+  add_held_elements<uint4>(cache, lines, out);
+}
+extern "C" __global__ void __launch_bounds__(256, 4)
+    by_held_elements_of_4(const PageCache* cache, const uint4*, unsigned long long lines, unsigned long long* out) {
+  add_held_elements<unsigned>(cache, lines, out);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -151,6 +160,7 @@ def measure_hits(session: Session, queues: Any, nbytes: int) -> None:
             "everything found, by lines": "by_lines",
             "everything found, by elements of 16 bytes": "by_elements_of_16",
             "everything found, by elements of 4 bytes": "by_elements_of_4",
+            "everything found, by elements of 16 bytes in order, the line held": "by_held_elements_of_16",
             "everything found, by elements of 4 bytes in order, the line held": "by_held_elements_of_4",
         }
         for case, kernel in ways.items():
