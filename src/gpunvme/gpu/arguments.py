@@ -13,16 +13,17 @@ from gpunvme.gpu.driver import Gpu
 from gpunvme.memory import Device, Span, check_gpu_span, span_of
 from gpunvme.streams import device_of_stream, stream_handle
 
-# Lanes of a warp that have commands of their own, and how many of them send theirs together: measured. Few slots are
-# used best by many warps, which copy at once.
-_SHAPE, _SMALL_SHAPE, _SMALL = (16, 4), (4, 4), 128
+# Lanes of a warp that have commands of their own, and how many of them send theirs together: measured
+# (docs/performance.md). Few slots are used best by many warps, which copy at once; many by larger batches, which share
+# the way into the queue.
+_SHAPE, _DEEP_SHAPE, _DEEP = (4, 4), (16, 8), 512
 
 _LAST_DEFAULT_STREAM = 2  # CU_STREAM_PER_THREAD: these are of whichever context is current
 
 
 def warp_shape(slots: int) -> tuple[int, int]:
     """Lanes of a warp that have commands, and how many send theirs together, on queues of so many slots."""
-    return _SHAPE if slots >= _SMALL else _SMALL_SHAPE
+    return _DEEP_SHAPE if slots >= _DEEP else _SHAPE
 
 
 def gpu_span(memory: Any, device: Device, owner: str, *, writable: bool) -> Span:
