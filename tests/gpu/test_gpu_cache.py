@@ -465,6 +465,30 @@ def test_bad_use_is_refused() -> None:
         assert array.stats()["loads"] == 0
 
 
+def test_who_is_at_it_while_another_thread_closes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is launched on memory that is free already."""
+    with machine() as m:
+        out = Buffer.empty(8, GPU)
+        for step, use in (
+            ("_index_array", lambda array: array.gather([0], out)),
+            ("_lines", lambda array: array.pin(0, 1)),
+            ("_lines", lambda array: array.unpin(0, 1)),
+        ):
+            array = m.queues.cached_array(np.uint64, capacity_bytes=64 * LINE)
+            ready = getattr(array, step)
+
+            def and_closed(*arguments: Any, ready: Any = ready, array: CachedArray = array) -> Any:
+                result = ready(*arguments)
+                closing = threading.Thread(target=array.close)
+                closing.start()
+                closing.join(60)
+                return result
+
+            monkeypatch.setattr(array, step, and_closed)
+            with pytest.raises(ValueError, match="closed"):
+                use(array)
+
+
 def test_closing_in_any_order() -> None:
     with machine() as m:
         first, second = (m.queues.cached_array(np.uint64, capacity_bytes=64 * LINE) for _ in range(2))

@@ -7,7 +7,7 @@ import operator
 import os
 import struct
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote_from_bytes
@@ -27,6 +27,8 @@ from gpunvme.nvme.movement import describe_failures
 from gpunvme.nvme.namespace import Namespace
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from gpunvme.gpu.queues import GpuQueues
 
 _KERNELS = ("layout", "set_up", "gather_found", "gather_missed", "pin", "unpin")
@@ -73,7 +75,7 @@ class CachedArray:
         self._lba, self.line_bytes = operator.index(lba), _line_size(line_bytes, namespace.block_size)
         self.size = self._length(length)
         self.nbytes = self.size * self.dtype.itemsize
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # who pins also checks
         self._closed = self._freed = False
         self._owned = ExitStack()  # queues and controller, where `open` made them
         queues._moves.while_quiet(lambda: self._make(capacity_bytes))  # it loads and allocates
@@ -175,6 +177,13 @@ class CachedArray:
             raise ValueError(f"the cached array of {self._namespace.name} is closed")
         self.queues._set.check_usable()
 
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """For one thread at a time, while another one that closes it waits."""
+        with self._lock:
+            self._check_usable()
+            yield
+
     @property
     def handle(self) -> int:
         """Device address of the ``gpunvme::PageCache``, for kernels of your own."""
@@ -221,7 +230,7 @@ class CachedArray:
                 f"{span.nbytes} at {span.ptr:#x}"
             )
         queue = gpu_stream(stream, out, self._gpu)
-        with self._lock:
+        with self._in_use():
             self._gathers.launch(places, count, span.ptr, queue)
         if wait:
             self._gpu.synchronize(queue)
@@ -259,9 +268,8 @@ class CachedArray:
         CommandError, NvmeError
             If they cannot be read; then none is pinned.
         """
-        self._check_usable()
         line, lines = self._lines(first, count)
-        with self._lock:
+        with self._in_use():
             self._pins.pin(line, lines)
 
     def unpin(self, first: int = 0, count: int | None = None) -> None:
@@ -272,9 +280,8 @@ class CachedArray:
         ValueError
             If they are not pinned.
         """
-        self._check_usable()
         line, lines = self._lines(first, count)
-        with self._lock:
+        with self._in_use():
             if (line, lines) not in self._pins:
                 raise ValueError(f"elements {first} to {first + (count or self.size - first)} were not pinned together")
             self._pins.unpin(line, lines)
@@ -307,8 +314,8 @@ class CachedArray:
         kernel has ended. ``loads``: lines read; ``evictions``: lines given up for others; ``failures``: lines that
         could not be read.
         """
-        self._check_usable()
-        totals = self._memory.counters()
+        with self._in_use():
+            totals = self._memory.counters()
         return {name: int(total) for name, total in zip(_COUNTERS, totals, strict=False)}
 
     def check(self) -> None:
@@ -323,8 +330,8 @@ class CachedArray:
         NvmeError
             If no frame was free for a line: threads held them all.
         """
-        self._check_usable()
-        error = self._memory.take_error()
+        with self._in_use():
+            error = self._memory.take_error()
         if error is None:
             return
         each, index, word = error
@@ -351,8 +358,7 @@ class CachedArray:
         ValueError
             If lines are pinned.
         """
-        self._check_usable()
-        with self._lock:
+        with self._in_use():
             if self._pins:
                 raise ValueError("lines are pinned; unpin them first")
             self._gpu.synchronize()
@@ -378,7 +384,8 @@ class CachedArray:
                     f"a kernel on {self.device} still runs {timeout:.0f} s after its cached array was to be closed; "
                     "the memory is freed with the queues"
                 )
-            self._free()
+            with self._lock:
+                self._free()
         finally:
             self._owned.close()
 
