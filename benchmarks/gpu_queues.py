@@ -1,4 +1,4 @@
-"""NVMe queues that a GPU drives: random 4 KiB reads, one read at a time, and large sequential reads.
+"""NVMe queues that a GPU drives: random 4 KiB reads, one read at a time, large sequential reads, and many ranges.
 
 The controller is the software one, in threads of this process, on a file in the page cache: what is measured is the
 protocol and the way to GPU memory, not a drive. The limit is one plain copy from page-locked memory.
@@ -17,11 +17,11 @@ import numpy as np
 import gpunvme
 from gpunvme import nvme
 from gpunvme.bench import page_cache
-from gpunvme.bench.contest import Contestant, Run, WrongBytes
+from gpunvme.bench.contest import Contestant, Kind, Run, WrongBytes
 from gpunvme.memory import Buffer
 from session import GIB, Session, options, size
 
-BLOCK = 4096
+BLOCK, RANGE = 4096, 64 << 10
 LIMITS = "limits"
 DEVICE = "cuda:0"
 # A warp that reads a block, waits for it, copies it, and reads the next: from a queue that others may use, and from one
@@ -72,6 +72,7 @@ def main() -> None:
         measure_gathers(session, path, uri, nbytes, count, limit)
         measure_latency(session, path, uri, nbytes, 20_000 // scale)
         measure_stream(session, path, uri, nbytes, limit)
+        measure_many(session, path, uri, nbytes, 8_000 // scale, limit)
 
 
 def measure_gathers(session: Session, path: str, uri: str, nbytes: int, count: int, limit: Contestant) -> None:
@@ -95,6 +96,15 @@ def measure_stream(session: Session, path: str, uri: str, nbytes: int, limit: Co
     members = [streams(uri, nbytes), host_path(path, nbytes), limit]
     session.hold(case, members, lambda: page_cache.bring(path, "hot", nbytes))
     session.target(case, "host path", 0.8)
+
+
+def measure_many(session: Session, path: str, uri: str, nbytes: int, count: int, limit: Contestant) -> None:
+    """As a checkpoint of many tensors is read: ranges of one file, each to memory of its own, in one call."""
+    case = f"{count} ranges of 64 KiB to GPU memory, read_many"
+    source = f"nvme+{uri}"
+    members = [ranges(name, by, path, nbytes, count) for name, by in ((source, "gpu-nvme"), (source, "nvme"))]
+    members += [ranges(path, "host", path, nbytes, count), limit]
+    session.hold(case, members, lambda: page_cache.bring(path, "hot", nbytes))
 
 
 @contextlib.contextmanager
@@ -183,6 +193,30 @@ def host_path(path: str, nbytes: int) -> Contestant:
             return Run(time.perf_counter() - start, done.nbytes, done.path)
 
     return Contestant("host path", "peer", run, settings="gpunvme.open(...).read_into", lands=False)
+
+
+def ranges(source: str, by: str, path: str, nbytes: int, count: int) -> Contestant:
+    """Read many ranges at random places by one call; some are compared with the file."""
+    import torch
+
+    places = np.random.default_rng(3).permutation(nbytes // RANGE)[:count].tolist()
+
+    def run() -> Run:
+        memory = torch.empty(count * RANGE, dtype=torch.uint8, device=DEVICE).split(RANGE)
+        with gpunvme.open(source, path=by) as file:
+            parts = [(file, place * RANGE, part) for place, part in zip(places, memory, strict=True)]
+            gpunvme.read_many(parts)  # queues are made, memory is page-locked
+            start = time.perf_counter()
+            done = gpunvme.read_many(parts)
+            seconds = time.perf_counter() - start
+        with open(path, "rb", buffering=0) as plain:
+            for place, part in list(zip(places, memory, strict=True))[:: max(1, count // 50)]:
+                if os.pread(plain.fileno(), RANGE, place * RANGE) != part.cpu().numpy().tobytes():
+                    raise WrongBytes(f"the range at {place * RANGE} is not the file's")
+        return Run(seconds, done.nbytes, done.path)
+
+    kind: Kind = "ours" if by == "gpu-nvme" else "peer"
+    return Contestant(f"gpunvme by {by}", kind, run, settings=f"path={by}", lands=False)
 
 
 def compare(out: Buffer, path: str, samples: list[tuple[int, int, int]]) -> None:
