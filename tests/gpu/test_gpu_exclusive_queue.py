@@ -169,7 +169,7 @@ def test_what_must_be_borne_costs_nothing_but_time(stored: bytes, fault: str) ->
 
 
 def test_a_lost_completion_is_told_and_the_warp_goes_on(stored: bytes) -> None:
-    with machine(stored, depth=16, count=1, timeout=0.3, driver={"timeout": 0.3}) as m:
+    with machine(stored, depth=16, count=1, timeout=1.5, driver={"timeout": 1.5}) as m:
         m.inject("drop#5")
         seen = Followed(m.queues, 1, few(100, 20), 1, 32, len(stored) // BLOCK)
         assert seen.was_exclusive.all()
