@@ -82,7 +82,7 @@ native-plain native-asan native-tsan: native-%: $(VENV)/prepared
 	cmake -S . -B build/$* -G Ninja --log-level=WARNING -DGPUNVME_PYTHON=OFF -DGPUNVME_TESTS=ON \
 	  -DGPUNVME_WERROR=$(if $(SANITIZE),OFF,$(WERROR)) -DGPUNVME_SANITIZE=$(SANITIZE) $(CMAKE_ARGS)
 	cmake --build build/$*
-	$(WITHOUT_RANDOM) ctest --test-dir build/$* --output-on-failure --no-tests=error
+	$(WITHOUT_RANDOM) ctest --test-dir build/$* --parallel $$(nproc) --output-on-failure --no-tests=error
 
 .PHONY: device-code
 device-code: $(VENV)/built $(VENV)/device-compilers  ## compile what runs on GPUs, for all that we ship for
