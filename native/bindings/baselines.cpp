@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 
 #include "bindings.h"
+#include "without_gil.h"
 
 namespace nb = nanobind;
 
@@ -16,27 +17,27 @@ namespace {
 using Offsets = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 double preadv_threads(int fd, std::uint64_t address, const Offsets& offsets, std::uint64_t each, unsigned threads) {
-  nb::gil_scoped_release release;
+  WithoutGil release;
   return baselines::pread_random(fd, address, offsets.data(), offsets.size(), each, threads);
 }
 
 double mmap_copy(int fd, std::uint64_t address, const std::optional<Offsets>& offsets, std::uint64_t each,
                  unsigned threads) {
-  nb::gil_scoped_release release;
+  WithoutGil release;
   return baselines::mmap_copy(fd, address, offsets ? offsets->data() : nullptr, offsets ? offsets->size() : 0, each,
                               threads);
 }
 
 double direct_read_random(const std::string& path, std::uint64_t address, const Offsets& offsets, std::uint64_t each,
                           unsigned depth) {
-  nb::gil_scoped_release release;
+  WithoutGil release;
   return baselines::direct_random(path, address, offsets.data(), offsets.size(), each, depth);
 }
 
 }  // namespace
 
 void bind_baselines(nb::module_& module) {
-  const auto release = nb::call_guard<nb::gil_scoped_release>();
+  const auto release = nb::call_guard<WithoutGil>();
   module.def("pread_sequential", &baselines::pread_sequential, nb::arg("fd"), nb::arg("address"), nb::arg("nbytes"),
              nb::arg("chunk"), nb::arg("threads"), release);
   module.def("preadv_threads", &preadv_threads, nb::arg("fd"), nb::arg("address"), nb::arg("offsets"), nb::arg("each"),

@@ -10,6 +10,7 @@
 #include "failure.h"
 #include "page_cache.h"
 #include "source_file.h"
+#include "without_gil.h"
 
 namespace nb = nanobind;
 
@@ -64,7 +65,7 @@ void bind_files(nb::module_& module) {
           "open",
           [](nb::bytes path, const std::string& mode) {
             const std::string name(path.c_str(), path.size());
-            nb::gil_scoped_release release;
+            WithoutGil release;
             return SourceFile::open(name, parse_mode(mode));
           },
           nb::arg("path"), nb::arg("mode"))
@@ -76,8 +77,7 @@ void bind_files(nb::module_& module) {
           nb::arg("fd"), nb::arg("name"))
       .def("size", &SourceFile::size)
       .def("fileno", &SourceFile::fd)
-      .def("reserve", &SourceFile::reserve, nb::arg("offset"), nb::arg("nbytes"),
-           nb::call_guard<nb::gil_scoped_release>())
+      .def("reserve", &SourceFile::reserve, nb::arg("offset"), nb::arg("nbytes"), nb::call_guard<WithoutGil>())
       .def_prop_ro("writable", &SourceFile::writable)
       .def_prop_ro("is_block_device", &SourceFile::is_block_device)
       .def_prop_ro("in_memory", &SourceFile::in_memory)
@@ -86,7 +86,7 @@ void bind_files(nb::module_& module) {
       .def_prop_ro("offset_align", &SourceFile::offset_align);
 
   module.def("cached_bytes", &cached_bytes, nb::arg("fd"), nb::arg("offset"), nb::arg("nbytes"),
-             nb::call_guard<nb::gil_scoped_release>());
+             nb::call_guard<WithoutGil>());
   module.def(
       "dio_alignment",
       [](int fd) -> std::optional<std::pair<std::uint32_t, std::uint32_t>> {

@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 
 #include "bindings.h"
+#include "without_gil.h"
 
 namespace nb = nanobind;
 
@@ -15,7 +16,7 @@ CUstream stream_of(std::uint64_t handle) { return reinterpret_cast<CUstream>(han
 }  // namespace
 
 void bind_hand_over(nb::module_& module) {
-  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  using Unlocked = nb::call_guard<WithoutGil>;
   nb::class_<HandOver>(module, "HandOver")
       .def(nb::init<int>(), nb::arg("device"), Unlocked())
       .def_prop_ro("stream", [](const HandOver& self) { return reinterpret_cast<std::uintptr_t>(self.stream()); })

@@ -13,6 +13,7 @@
 #include "engine.h"
 #include "job.h"
 #include "small_read.h"
+#include "without_gil.h"
 
 namespace nb = nanobind;
 
@@ -60,7 +61,7 @@ void bind_jobs(nb::module_& module) {
             options.device = device;
             options.stream = stream;
             if (timeout) options.timeout = std::chrono::duration<double>(*timeout);
-            nb::gil_scoped_release release;
+            WithoutGil release;
             return Job::make(options);
           },
           nb::arg("write"), nb::arg("device"), nb::arg("stream").none(), nb::arg("timeout").none())
@@ -73,13 +74,13 @@ void bind_jobs(nb::module_& module) {
              for (const auto& [file, offset, nbytes, address] : parts) {
                segments.push_back({file, offset, nbytes, address});
              }
-             nb::gil_scoped_release release;
+             WithoutGil release;
              checked(job).add(std::move(segments));
            })
       .def("add_gather",
            [](Job& job, std::uint32_t file, std::uint64_t offsets, std::uint64_t count, std::uint64_t nbytes,
               std::uint64_t address) {
-             nb::gil_scoped_release release;
+             WithoutGil release;
              checked(job).add_gather(file, reinterpret_cast<const std::int64_t*>(offsets), count, nbytes, address);
            })
       .def("seal", [](Job& job) { checked(job).seal(); })
@@ -92,7 +93,7 @@ void bind_jobs(nb::module_& module) {
       .def("wait",
            [](Job& job, double seconds) {
              checked(job);
-             nb::gil_scoped_release release;
+             WithoutGil release;
              return job.wait_for(std::chrono::duration<double>(seconds));
            })
       .def_prop_ro("done", [](Job& job) { return checked(job).done(); })
@@ -105,8 +106,8 @@ void bind_jobs(nb::module_& module) {
 
   module.attr("MOST_GATHERED_BYTES") = Gather::kMostBytes;
   module.def("small_read", &small_read, nb::arg("file"), nb::arg("offset"), nb::arg("nbytes"), nb::arg("device"),
-             nb::arg("stream"), nb::arg("address"), nb::call_guard<nb::gil_scoped_release>());
-  module.def("shutdown", &Engine::shutdown, nb::call_guard<nb::gil_scoped_release>());
+             nb::arg("stream"), nb::arg("address"), nb::call_guard<WithoutGil>());
+  module.def("shutdown", &Engine::shutdown, nb::call_guard<WithoutGil>());
 }
 
 }  // namespace gpunvme

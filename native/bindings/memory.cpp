@@ -12,6 +12,7 @@
 #include "cuda_driver.h"
 #include "dlpack.h"
 #include "failure.h"
+#include "without_gil.h"
 
 namespace nb = nanobind;
 
@@ -115,15 +116,14 @@ int cuda_version() {
 void bind_memory(nb::module_& module) {
   module.def("inspect_dlpack", &inspect_dlpack, nb::arg("capsule"));
   module.def("gpu_array", &gpu_array, nb::arg("address"), nb::arg("shape"), nb::arg("device"), nb::arg("owner"));
-  module.def("cuda_unavailable_reason", &cuda_unavailable_reason, nb::call_guard<nb::gil_scoped_release>());
+  module.def("cuda_unavailable_reason", &cuda_unavailable_reason, nb::call_guard<WithoutGil>());
   module.def("cuda_devices", &cuda_devices);
   module.def("cuda_version", &cuda_version);
   module.def("cuda_device_of", &cuda_device_of, nb::arg("address"));
-  module.def("gpu_allocate", &gpu_allocate, nb::arg("device"), nb::arg("nbytes"),
-             nb::call_guard<nb::gil_scoped_release>());
-  module.def("gpu_free", &gpu_free, nb::arg("device"), nb::arg("address"), nb::call_guard<nb::gil_scoped_release>());
+  module.def("gpu_allocate", &gpu_allocate, nb::arg("device"), nb::arg("nbytes"), nb::call_guard<WithoutGil>());
+  module.def("gpu_free", &gpu_free, nb::arg("device"), nb::arg("address"), nb::call_guard<WithoutGil>());
   module.def("gpu_copy", &gpu_copy, nb::arg("device"), nb::arg("gpu"), nb::arg("host"), nb::arg("nbytes"),
-             nb::arg("to_gpu"), nb::call_guard<nb::gil_scoped_release>());
+             nb::arg("to_gpu"), nb::call_guard<WithoutGil>());
   module.def("gpu_bytes_after", &gpu_bytes_after, nb::arg("device"), nb::arg("address"));
 }
 

@@ -17,6 +17,7 @@
 #include "io_queue.h"
 #include "io_run.h"
 #include "io_staging.h"
+#include "without_gil.h"
 
 namespace nb = nanobind;
 
@@ -108,7 +109,7 @@ void bind_memory_and_queue(nb::module_& module) {
       .def_prop_ro("slots", &IoStaging::slots)
       .def_prop_ro("free_slots", &IoStaging::free_slots)
       .def_prop_ro("page_locked", &IoStaging::page_locked)
-      .def("unlock", &IoStaging::unlock, nb::call_guard<nb::gil_scoped_release>())
+      .def("unlock", &IoStaging::unlock, nb::call_guard<WithoutGil>())
       .def("reclaim", &IoStaging::reclaim);
 
   nb::class_<IoQueue>(module, "IoQueue")
@@ -134,7 +135,7 @@ void bind_memory_and_queue(nb::module_& module) {
           nb::arg("sq_address"), nb::arg("cq_address"), nb::arg("depth"), nb::arg("sq_doorbell_address"),
           nb::arg("cq_doorbell_address"), nb::arg("queue_id"), nb::arg("prp_address"), nb::arg("prp_iovas"),
           nb::arg("page_bytes"), nb::arg("prp_pages_per_slot"))
-      .def("stop", &IoQueue::stop, nb::call_guard<nb::gil_scoped_release>())
+      .def("stop", &IoQueue::stop, nb::call_guard<WithoutGil>())
       .def_prop_ro("stopped", &IoQueue::stopped)
       .def_prop_ro("queue_id", &IoQueue::id)
       .def_prop_ro("slots", [](const IoQueue& queue) { return queue.pair().shape().slots; })
@@ -198,10 +199,9 @@ void bind_run(nb::module_& module) {
           nb::arg("opcode"), nb::arg("cdw10_to_15"), nb::arg("memory").none() = nb::none())
       .def(
           "drive", [](IoRun& run, double seconds) { return state_name(run.drive(seconds)); }, nb::arg("seconds"),
-          nb::call_guard<nb::gil_scoped_release>())
-      .def("attach", &IoRun::attach, nb::arg("queues"), nb::arg("retry") = true,
-           nb::call_guard<nb::gil_scoped_release>())
-      .def("abandon", &IoRun::abandon, nb::call_guard<nb::gil_scoped_release>())
+          nb::call_guard<WithoutGil>())
+      .def("attach", &IoRun::attach, nb::arg("queues"), nb::arg("retry") = true, nb::call_guard<WithoutGil>())
+      .def("abandon", &IoRun::abandon, nb::call_guard<WithoutGil>())
       .def("timed_out", &IoRun::timed_out)
       .def("failures", &failure_list)
       .def("counts", &run_counts);

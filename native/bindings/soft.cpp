@@ -16,6 +16,7 @@
 #include "bindings.h"
 #include "controller.h"
 #include "gpu_copies.h"
+#include "without_gil.h"
 
 namespace nb = nanobind;
 
@@ -126,13 +127,13 @@ std::vector<std::tuple<std::uint64_t, std::uint64_t, bool>> dma_faults(const Con
 
 void bind_soft(nb::module_& module) {
   // Whatever may wait for a worker, for a drive or for another thread does so without the GIL.
-  using Released = nb::call_guard<nb::gil_scoped_release>;
+  using Released = nb::call_guard<WithoutGil>;
   nb::class_<Controller>(module, "SoftController")
       .def(
           "__init__",
           [](Controller* self, const nb::dict& given) {
             const soft::Options options = parse(given);
-            nb::gil_scoped_release release;
+            WithoutGil release;
             new (self) Controller(options);
           },
           nb::arg("options"))

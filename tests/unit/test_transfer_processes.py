@@ -56,6 +56,28 @@ elif how == "error":
 """
 
 
+TOO_LATE = """
+import atexit, sys, threading, time
+# Last of all, and no Python code behind it: the lock is kept, and then the interpreter has ended.
+atexit.register(sum, range(20_000_000))
+import numpy as np
+from gpunvme import _native
+file = open(sys.argv[1], "rb")
+target = np.empty(20_000 * 4096, np.uint8)
+read = lambda: _native.preadv_threads(file.fileno(), target.ctypes.data, np.zeros(20_000, np.int64), 4096, 1)
+threading.Thread(target=read, daemon=True).start()
+time.sleep(0.005)  # it begins, and is done while the lock is kept
+sys.exit(4)
+"""
+
+
+def test_a_thread_that_comes_back_when_the_interpreter_has_ended(place: Path) -> None:
+    """A program with daemon threads would be aborted at its end, now and then."""
+    for _ in range(3):
+        child = files.python(TOO_LATE, place)
+        assert child.returncode == 4, child.stderr
+
+
 @pytest.mark.parametrize(
     ("how", "code", "printed"),
     [
