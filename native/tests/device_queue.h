@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <vector>
 
 #include "gpunvme/device.h"
@@ -54,6 +55,34 @@ struct DeviceQueue {
   std::vector<std::uint64_t> lists;
   std::vector<Unit> state;
   gpunvme::GpuQueue queue{};
+};
+
+struct DeviceSetting {
+  std::string faults = {};
+  std::uint32_t entries = 16;
+  std::uint32_t pages_per_slot = 1;
+  std::uint64_t timeout_ns = 20'000'000'000;
+  std::uint64_t seed = 1;
+};
+
+// A controller with 4 MiB of blocks and two threads, and a queue of it.
+struct DeviceMachine {
+  static constexpr std::uint64_t kBytes = 4 << 20;
+
+  explicit DeviceMachine(const DeviceSetting& setting)
+      : client(options(setting), 64 << 20),
+        device(client, setting.entries, setting.pages_per_slot, setting.timeout_ns) {}
+  static Options options(const DeviceSetting& setting) {
+    Options options = in_memory(kBytes);
+    options.threads = 2;
+    options.faults = setting.faults;
+    options.seed = setting.seed;
+    return options;
+  }
+
+  Client client;
+  DeviceQueue device;
+  gpunvme::GpuQueue& queue = device.queue;
 };
 
 }  // namespace testing

@@ -21,31 +21,9 @@ namespace {
 
 constexpr std::uint32_t kBlock = kDeviceBlock;
 
-struct Setting {
-  std::string faults = {};
-  std::uint32_t entries = 16;
-  std::uint32_t pages_per_slot = 1;
-  std::uint64_t timeout_ns = 20'000'000'000;
-  std::uint64_t seed = 1;
-};
-
-// A controller, and a queue of it.
-struct Machine {
-  explicit Machine(const Setting& setting)
-      : client(options(setting), 64 << 20),
-        device(client, setting.entries, setting.pages_per_slot, setting.timeout_ns) {}
-  static Options options(const Setting& setting) {
-    Options options = in_memory(4 << 20);
-    options.threads = 2;
-    options.faults = setting.faults;
-    options.seed = setting.seed;
-    return options;
-  }
+struct Machine : DeviceMachine {
+  explicit Machine(const DeviceSetting& setting) : DeviceMachine(setting) {}
   std::uint64_t total(const gpunvme::Atomic<std::uint64_t>& counter) const { return counter.load_acquire(); }
-
-  Client client;
-  DeviceQueue device;
-  GpuQueue& queue = device.queue;
 };
 
 // What a block holds: its own number, and a salt, all over.

@@ -12,7 +12,6 @@
 using namespace testing;
 using gpunvme::ExclusiveQueue;
 using gpunvme::Fate;
-using gpunvme::GpuQueue;
 using gpunvme::Outcome;
 using gpunvme::QueuePair;
 using gpunvme::Token;
@@ -20,20 +19,12 @@ using gpunvme::Token;
 namespace {
 
 constexpr std::uint32_t kBlock = kDeviceBlock;
-constexpr std::uint64_t kBlocks = 4 << 20 >> 9;
+constexpr std::uint64_t kBlocks = DeviceMachine::kBytes / kBlock;
 
-// A controller, a queue of it, and what its blocks are to hold: each its own number, all over.
-struct Machine {
-  explicit Machine(std::uint32_t entries, const std::string& faults = {}, std::uint64_t timeout_ns = 20'000'000'000,
-                   std::uint32_t pages_per_slot = 1)
-      : client(options(faults), 64 << 20), device(client, entries, pages_per_slot, timeout_ns) {
+// A machine, and what its blocks are to hold: each its own number, all over.
+struct Machine : DeviceMachine {
+  explicit Machine(const DeviceSetting& setting) : DeviceMachine(setting) {
     for (std::size_t i = 0; i < image.size(); ++i) image[i] = i * 8 / kBlock;
-  }
-  static Options options(const std::string& faults) {
-    Options options = in_memory(kBlocks * kBlock);
-    options.threads = 2;
-    options.faults = faults;
-    return options;
   }
   const std::uint64_t* block(std::uint64_t lba) const { return &image[lba * kBlock / 8]; }
   bool holds(const void* data, std::uint64_t lba, std::uint64_t blocks) const {
@@ -62,9 +53,6 @@ struct Machine {
   }
   bool all_slots_are_free() const { return free_slots() == device.queue.pair.shape().slots; }
 
-  Client client;
-  DeviceQueue device;
-  GpuQueue& queue = device.queue;
   std::vector<std::uint64_t> image = std::vector<std::uint64_t>(kBlocks * kBlock / 8);
 };
 
@@ -75,7 +63,7 @@ unsigned rounds(unsigned count) { return static_cast<unsigned>(check::rounds(sta
 TEST(every_read_brings_its_blocks_and_the_queue_is_left_as_it_was) {
   // So often that CIDs' generations, SQ and CQ go round many times; 40 and 70 have more than one word of slots.
   for (const std::uint32_t entries : {2, 3, 4, 11, 16, 40, 70}) {
-    Machine machine(entries);
+    Machine machine({.entries = entries});
     {
       ExclusiveQueue queue(machine.queue);
       CHECK(queue.is_exclusive());
@@ -111,7 +99,7 @@ TEST(every_read_brings_its_blocks_and_the_queue_is_left_as_it_was) {
 
 TEST(large_transfers_are_cut_and_use_both_prps_or_a_list) {
   for (const std::uint64_t blocks : {1, 8, 9, 16, 17, 64, 65, 100}) {
-    Machine machine(16, {}, 20'000'000'000, 8);
+    Machine machine({.pages_per_slot = 8});
     ExclusiveQueue queue(machine.queue);
     machine.fill([&](auto lba, auto count, auto* from) { return queue.write(lba, count, from); }, 100);
     std::vector<char> data(blocks * kBlock);
@@ -123,7 +111,7 @@ TEST(large_transfers_are_cut_and_use_both_prps_or_a_list) {
 
 TEST(who_has_a_command_keeps_the_queue_shared) {
   for (const std::uint32_t entries : {16, 70}) {
-    Machine machine(entries);
+    Machine machine({.entries = entries});
     // In the last slot, so that the others are free when it is seen.
     const std::uint32_t slots = machine.queue.pair.shape().slots;
     std::vector<Token> tokens(slots);
@@ -154,7 +142,7 @@ TEST(who_has_a_command_keeps_the_queue_shared) {
 }
 
 TEST(others_get_no_slot_and_are_let_go_at_their_deadline) {
-  Machine machine(16, {}, 100'000'000);
+  Machine machine({.timeout_ns = 100'000'000});
   char data[kBlock];
   ExclusiveQueue queue(machine.queue);
   CHECK(queue.is_exclusive());
@@ -173,7 +161,7 @@ TEST(others_get_no_slot_and_are_let_go_at_their_deadline) {
 
 TEST(threads_that_take_it_and_threads_that_share_it_take_turns) {
   for (const std::uint32_t entries : {2, 4, 40}) {
-    Machine machine(entries);
+    Machine machine({.entries = entries});
     machine.fill([&](auto lba, auto count, auto* from) { return gpunvme::write(machine.queue, lba, count, from); }, 64);
     Threads all;
     for (unsigned thread = 0; thread < 4; ++thread) {
@@ -204,7 +192,7 @@ TEST(threads_that_take_it_and_threads_that_share_it_take_turns) {
 TEST(what_a_controller_may_do_wrong_harms_nobody) {
   for (const char* faults : {"duplicate-cqe@0.3", "unknown-cid@0.3", "torn-cqe@0.1", "stale-phase@0.1", "delay:2@0.1",
                              "duplicate-cqe@0.3,unknown-cid@0.3,torn-cqe@0.1"}) {
-    Machine machine(11, faults);
+    Machine machine({.faults = faults, .entries = 11});
     machine.fill([&](auto lba, auto count, auto* from) { return gpunvme::write(machine.queue, lba, count, from); }, 64);
     const QueuePair::State& state = machine.queue.pair.state();
     const std::uint64_t late = state.late.load_acquire();
@@ -231,7 +219,7 @@ TEST(what_a_controller_may_do_wrong_harms_nobody) {
 }
 
 TEST(what_may_be_tried_again_is) {
-  Machine machine(16, "error:0x281#2");
+  Machine machine({.faults = "error:0x281#2"});
   ExclusiveQueue queue(machine.queue);
   char data[kBlock];
   for (int i = 0; i < 3; ++i) CHECK(queue.read(0, 1, data).ok());
@@ -240,7 +228,7 @@ TEST(what_may_be_tried_again_is) {
 }
 
 TEST(errors_and_ranges_are_answers) {
-  Machine machine(16, "error:0x281!#3");
+  Machine machine({.faults = "error:0x281!#3"});
   ExclusiveQueue queue(machine.queue);
   char data[kBlock];
   CHECK(queue.read(0, 1, data).ok());
@@ -253,7 +241,7 @@ TEST(errors_and_ranges_are_answers) {
 }
 
 TEST(a_lost_completion_ends_at_its_deadline_and_the_queue_is_shared_again) {
-  Machine machine(16, "drop#3");
+  Machine machine({.faults = "drop#3"});
   char data[kBlock];
   for (int i = 0; i < 2; ++i) CHECK(gpunvme::write(machine.queue, 0, 1, machine.block(0)).ok());
   machine.queue.timeout_ns = 300'000'000;
@@ -278,7 +266,7 @@ TEST(a_lost_completion_ends_at_its_deadline_and_the_queue_is_shared_again) {
 }
 
 TEST(a_late_completion_gives_the_slot_back) {
-  Machine machine(2, "delay:2000#1", 100'000'000);
+  Machine machine({.faults = "delay:2000#1", .entries = 2, .timeout_ns = 100'000'000});
   char data[kBlock];
   {
     ExclusiveQueue queue(machine.queue);
@@ -296,7 +284,7 @@ TEST(a_late_completion_gives_the_slot_back) {
 }
 
 TEST(stopping_ends_the_wait) {
-  Machine machine(4, "drop");
+  Machine machine({.faults = "drop", .entries = 4});
   Threads all;
   all.start([&] {
     ExclusiveQueue queue(machine.queue);

@@ -163,6 +163,17 @@ void until(const char* what, Done done) {
   }
 }
 
+// What goes wrong in there, to be told when locks and gates are open again and no thread waits for them.
+template <typename Action>
+std::string trouble_in(const Action& action) {
+  try {
+    action();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return {};
+}
+
 }  // namespace
 
 // While another worker posts, a batch goes on; all of it is posted in the end, once and in order, and signalled.
@@ -174,15 +185,12 @@ TEST(a_batch_goes_on_while_somebody_else_posts) {
   CHECK(shared.cq.lock.try_lock());
   Threads threads;
   threads.start([&] { shared.pass(1); });
-  std::string failed;
-  try {
+  const std::string failed = trouble_in([&] {
     until("all of the batch is read", [&] { return shared.read() == 16; });
     CHECK(shared.posted().empty());
     CHECK_EQ(shared.device.interrupts.signalled(), 0u);
     CHECK_EQ(shared.sq.unfinished.load(), 17u);
-  } catch (const std::exception& error) {
-    failed = error.what();
-  }
+  });
   shared.cq.lock.unlock();
   threads.finish();
   CHECK_EQ(failed, "");
@@ -204,14 +212,11 @@ TEST(what_is_done_is_posted_before_a_command_that_takes_long) {
       shared.ring();
       Threads threads;
       threads.start([&] { shared.pass(1); });
-      std::string failed;
       std::vector<int> early;
-      try {
+      const std::string failed = trouble_in([&] {
         until("the long command is reached", [&] { return shared.gate->reached.load(); });
         early = shared.posted();
-      } catch (const std::exception& error) {
-        failed = error.what();
-      }
+      });
       shared.gate->open.store(true);
       threads.finish();
       CHECK_EQ(failed, "");
@@ -228,17 +233,14 @@ TEST(batches_that_do_not_fit_wait_for_room) {
   shared.sq.unfinished.store(1);
   CHECK(shared.cq.lock.try_lock());
   Threads threads;
-  std::string failed;
-  try {
+  const std::string failed = trouble_in([&] {
     for (const unsigned worker : {1u, 0u}) {
       shared.reads(8);
       shared.ring();
       threads.start([&, worker] { shared.pass(worker); });
       until("the batch is read", [&] { return shared.read() == (worker == 1 ? 8 : 16); });
     }
-  } catch (const std::exception& error) {
-    failed = error.what();
-  }
+  });
   shared.cq.lock.unlock();
   threads.finish();
   CHECK_EQ(failed, "");
@@ -263,12 +265,8 @@ TEST(a_batch_that_a_fatal_error_overtakes_is_not_posted) {
   CHECK(shared.cq.lock.try_lock());
   Threads threads;
   threads.start([&] { shared.pass(1); });
-  std::string failed;
-  try {
-    until("all of the batch is read", [&] { return shared.read() == 16; });
-  } catch (const std::exception& error) {
-    failed = error.what();
-  }
+  const std::string failed =
+      trouble_in([&] { until("all of the batch is read", [&] { return shared.read() == 16; }); });
   shared.device.fail();
   shared.cq.lock.unlock();
   threads.finish();
